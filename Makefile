@@ -1,0 +1,54 @@
+# Everything runs in one virtual environment that the first call makes; later calls find it ready.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help demo test check bench format clean
+
+help:
+	@echo "make demo    train a small net on real digits and write demo-out/report.html"
+	@echo "make test    format check, lint, types and the whole test suite"
+	@echo "make check   the quick part of it, under three minutes"
+	@echo "make bench   perjac beside TensorFlow's own ways, in one run"
+
+demo: $(VENV)/.demo
+	$(BIN)/perjac demo --out demo-out
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+check: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+.PHONY: lint
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --level error
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo-out
+
+# Debian ships Python without ensurepip unless python3-venv is installed; virtualenv stands in there.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || (rm -rf $(VENV); \
+	  $(PYTHON) -m pip install --quiet --user --break-system-packages virtualenv && \
+	  $(PYTHON) -m virtualenv --quiet $(VENV))
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "Setting up $(VENV): this takes a minute or two, once."
+	$(PIP) install --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "Setting up $(VENV): this takes a minute or two, once."
+	$(PIP) install --editable ".[test]"
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,50 @@
+"""Per-example Jacobians of TensorFlow/Keras models: the public names, nothing else.
+
+Names load on first use, so that `import perjac` and `perjac --help` do not wait for TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from perjac._version import __version__
+
+if TYPE_CHECKING:
+    from perjac import errors, saliency
+    from perjac.engine import Engine
+    from perjac.errors import PerjacError, PerjacWarning
+    from perjac.jacobian import Jacobian
+    from perjac.sources import activation
+
+_HOME = {
+    "Engine": "perjac.engine",
+    "Jacobian": "perjac.jacobian",
+    "PerjacError": "perjac.errors",
+    "PerjacWarning": "perjac.errors",
+    "activation": "perjac.sources",
+}
+_MODULES = {"errors": "perjac.errors", "saliency": "perjac.saliency"}
+
+__all__ = [
+    "Engine",
+    "Jacobian",
+    "PerjacError",
+    "PerjacWarning",
+    "__version__",
+    "activation",
+    "errors",
+    "saliency",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'perjac' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
