@@ -17,6 +17,10 @@ class InputError(PerjacError, ValueError):
     """Data, shapes or options that do not fit the model or the call."""
 
 
+class NotAModelError(PerjacError, TypeError):
+    """Something that cannot be differentiated was given for a model."""
+
+
 class NotBuiltError(PerjacError, ValueError):
     """A model without weights yet: it has not seen an input shape."""
 

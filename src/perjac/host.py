@@ -1,0 +1,105 @@
+"""The few private names of TensorFlow and Keras that perjac needs, each with its reason.
+
+Whoever needs one imports it from here; a test of this module fails first when a release moves one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def captures(graph: Any) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """Return what a function's graph closes over, as (tensor outside, placeholder inside).
+
+    `FuncGraph.captures` (since TensorFlow 2.0): tells which placeholder is which variable. The
+    public `ConcreteFunction.captured_inputs` gives the outer tensors without their names inside.
+    """
+    return list(graph.captures)
+
+
+def capture(graph: Any, tensor: tf.Tensor) -> tf.Tensor:
+    """Bring an outer tensor into the function graph being built (`FuncGraph.capture`).
+
+    TensorFlow does so by itself whenever an op takes an outer tensor, but an imported graph's
+    `input_map` wants tensors that are inside already.
+    """
+    return graph.capture(tensor) if hasattr(graph, "capture") else tensor
+
+
+def tf_variable(variable: Any) -> tf.Variable:
+    """Return the `tf.Variable` behind a Keras or TensorFlow variable."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def handle(variable: Any) -> tf.Tensor:
+    """Return the resource that ReadVariableOp reads (`ResourceVariable.handle`, since 2.0)."""
+    return tf_variable(variable).handle
+
+
+def variable_path(variable: Any) -> str:
+    """Return a Keras variable's path, or a tf.Variable's name without its output number."""
+    return getattr(variable, "path", None) or variable.name.removesuffix(":0")
+
+
+def operations_within(model: Any) -> list[Any]:
+    """Return the layers and operations inside a Keras model or layer, nested ones included.
+
+    `Layer._flatten_layers` (Keras 3.0) reaches layers of subclassed models; `Functional.operations`
+    adds the nameless operations between them.
+    """
+    layers = list(model._flatten_layers(include_self=False)) if is_layer(model) else []
+    found = {id(layer): layer for layer in layers}
+    for part in [model, *layers]:
+        for operation in getattr(part, "operations", []):
+            found.setdefault(id(operation), operation)
+    return list(found.values())
+
+
+def is_layer(thing: Any) -> bool:
+    """Tell whether `thing` is a Keras layer or model."""
+    return isinstance(thing, keras.layers.Layer)
+
+
+def takes_training(layer: Any) -> bool:
+    """Tell whether a layer's `call` has a `training` argument, by name or by `**kwargs`."""
+    parameters = inspect.signature(layer.call).parameters.values()
+    return any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@contextlib.contextmanager
+def watching_calls(model: Any, seen: Callable[[str, Any], None]) -> Iterator[None]:
+    """Report each inner layer's output, as `seen(layer name, output)`, while inside the block.
+
+    `Operation.__call__` (Keras 3.0) looks `call` up on the instance, so a wrapper set there is
+    reached for every kind of model; set with `object.__setattr__`, past Keras's own tracking.
+    """
+    wrapped = []
+    try:
+        for operation in operations_within(model):
+            if "call" in vars(operation):
+                continue  # somebody else's wrapper: leave it
+            object.__setattr__(operation, "call", _reporting(operation, seen))
+            wrapped.append(operation)
+        yield
+    finally:
+        for operation in wrapped:
+            object.__delattr__(operation, "call")
+
+
+def _reporting(operation: Any, seen: Callable[[str, Any], None]) -> Callable[..., Any]:
+    call = operation.call
+
+    @functools.wraps(call)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        seen(operation.name, output)
+        return output
+
+    return wrapper

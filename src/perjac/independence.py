@@ -1,0 +1,184 @@
+"""Whether examples stay apart: by the shapes in the trace, and by a probe on the data.
+
+Every per-example derivative here rests on it: one sweep from all outputs together gives each
+example's own cotangents only where no example influences another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from perjac.errors import ExamplesMeetError
+from perjac.sites import Flow, upstream
+from perjac.trace import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a probe found.
+
+    Attributes
+    ----------
+    decided : bool
+        False where the model is random, so that two runs cannot be compared.
+    displaced : frozenset of str
+        Tensors whose rows are not in the order of the examples, though the examples stay apart
+        (time-major layouts, for one).
+    """
+
+    decided: bool
+    displaced: frozenset[str]
+
+
+def check_shapes(program: Program, flow: Flow, head: str) -> None:
+    """Raise where the trace itself shows that the batch axis is lost on the way to the output.
+
+    With the batch unknown in the trace, a tensor made from the inputs' values whose shape is all
+    known has no room for the examples: they have been reduced into one.
+
+    Raises
+    ------
+    ExamplesMeetError
+        Naming the tensor.
+    """
+    graph = program.graph
+    if graph.get_tensor_by_name(head).shape.rank == 0:
+        raise ExamplesMeetError(
+            f"The output {head!r} is a single number for the whole batch. perjac differentiates "
+            "outputs that have the batch as their first axis: leave out the final reduction."
+        )
+    needed = upstream(program, [head])
+    for op in graph.get_operations():
+        if op.name not in needed:
+            continue
+        lost = [
+            t
+            for t in op.outputs
+            if t.name in flow.values and t.dtype.is_floating and t.shape.is_fully_defined()
+        ]
+        if lost:
+            raise _meeting(lost[0].name, op.type)
+
+
+def probe(
+    program: Program, flow: Flow, head: str, watched: Sequence[str], inputs: Sequence[tf.Tensor]
+) -> Verdict:
+    """Run two examples, change one, and see whether the other's numbers move.
+
+    Parameters
+    ----------
+    program, flow : Program, Flow
+        The trace.
+    head : str
+        The output's tensor.
+    watched : sequence of str
+        Tensors in which each example must keep to its own block of rows.
+    inputs : sequence of tf.Tensor
+        Data, at least two examples.
+
+    Returns
+    -------
+    Verdict
+
+    Raises
+    ------
+    ExamplesMeetError
+        If an example's output moves with another's input; it names the first tensor that does.
+    """
+    watched = list(dict.fromkeys([head, *watched]))
+    pair = _two_different(inputs)
+    runs = _runs(program, watched, pair)
+    if not all(_same(a, b) for a, b in zip(runs[0][:1], runs[3][:1], strict=True)):
+        return Verdict(False, frozenset())
+    moved = [name for n, name in enumerate(watched) if _leaks([run[n] for run in runs[:3]])]
+    if head in moved:
+        raise _meeting(*_first_leak(program, flow, head, pair))
+    return Verdict(True, frozenset(moved))
+
+
+def _runs(program: Program, names: Sequence[str], pair: Sequence[np.ndarray]) -> list[list]:
+    """Return the named tensors for the batches (p, q), (p, p), (q, q) and (p, q) again."""
+
+    @tf.function(autograph=False, input_signature=[program.specs])
+    def run(inputs):
+        found = program.replay(inputs, {}, names)
+        return [found[name] for name in names]
+
+    orders = ([0, 1], [0, 0], [1, 1], [0, 1])
+    return [[t.numpy() for t in run([x[order] for x in pair])] for order in orders]
+
+
+def _leaks(runs: Sequence[np.ndarray]) -> bool:
+    """Tell whether a block of rows moved with the other example: p's block in (p, q) and (p, p)."""
+    both, first, second = runs
+    if both.ndim == 0 or len(both) % 2:
+        return True
+    half = len(both) // 2
+    return not (_same(both[:half], first[:half]) and _same(both[half:], second[half:]))
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.shape != b.shape:
+        return False
+    if a.dtype.kind not in "fc":
+        return bool(np.array_equal(a, b))
+    scale = np.max(np.abs(a[np.isfinite(a)]), initial=0)
+    return np.allclose(a, b, rtol=0, atol=100 * np.finfo(a.dtype).eps * scale, equal_nan=True)
+
+
+def _first_leak(
+    program: Program, flow: Flow, head: str, pair: Sequence[np.ndarray]
+) -> tuple[str, str]:
+    """Return the name and type of the first operation at which examples meet."""
+    needed = upstream(program, [head])
+    ops = [op for op in program.graph.get_operations() if op.name in needed]
+    numeric = [
+        (t.name, op.type)
+        for op in ops
+        for t in op.outputs
+        if t.name in flow.values
+        and (t.dtype.is_floating or t.dtype.is_integer)
+        and t.shape.rank is not None
+        and (t.shape.rank == 0 or t.shape[0] is None)
+    ]
+    runs = _runs(program, [name for name, _ in numeric], pair)[:3]
+    for n, named in enumerate(numeric):
+        if _leaks([run[n] for run in runs]):
+            return named
+    return head, "output"
+
+
+def _meeting(tensor: str, kind: str) -> ExamplesMeetError:
+    where = tensor.rpartition("/")[0] or tensor
+    return ExamplesMeetError(
+        f"Examples influence one another: they meet in {where!r} (tensor {tensor!r}, {kind}). A "
+        "derivative of one example alone has no meaning there. Is a batch normalisation in "
+        "training mode, or a reduction, sort or reversal along the batch axis? Use training=False "
+        'or reduce within the example; independence="trust" skips this check.'
+    )
+
+
+def _two_different(inputs: Sequence[tf.Tensor]) -> list[np.ndarray]:
+    """Return two examples that differ in every input, made up where the data has none."""
+    pair = []
+    for tensor in inputs:
+        first = tensor[0].numpy()
+        other = next((t for t in tensor[1:33].numpy() if not np.array_equal(t, first)), None)
+        if other is None:
+            other = _changed(first)
+        pair.append(np.stack([first, other]))
+    return pair
+
+
+def _changed(example: np.ndarray) -> np.ndarray:
+    """Return something else of the same kind: noise for floats, 0 and 1 swapped in for integers."""
+    if example.dtype.kind == "f":
+        noise = np.random.default_rng(0).normal(size=example.shape)
+        return (example + 0.1 * (np.std(example) + 1) * noise).astype(example.dtype)
+    if example.dtype.kind == "b":
+        return ~example
+    return np.where(example == 0, 1, 0).astype(example.dtype)

@@ -1,0 +1,187 @@
+"""The user's data → tensors that fit the model: structure, dtypes, shapes, and their errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from perjac.errors import InputError, NotFiniteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """One input that the model declares: its name, shape with the batch in front, and dtype."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: tf.DType
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch of examples, ready for the model.
+
+    Attributes
+    ----------
+    tensors : list of tf.Tensor
+        The inputs, flattened.
+    names : tuple of str
+        Theirs.
+    structure : nested structure
+        The user's structure, to pack them into.
+    """
+
+    tensors: list[tf.Tensor]
+    names: tuple[str, ...]
+    structure: Any
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return int(self.tensors[0].shape[0])
+
+    @property
+    def specs(self) -> list[tf.TensorSpec]:
+        """Shapes with the batch unknown, and dtypes."""
+        return [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in self.tensors]
+
+    @property
+    def signature(self) -> tuple:
+        """What a trace depends on."""
+        return repr(self.structure), tuple((tuple(s.shape), s.dtype.name) for s in self.specs)
+
+    def check_finite(self, fine: Sequence[bool]) -> None:
+        """Raise for the first input that is not `fine`, naming the example.
+
+        Raises
+        ------
+        NotFiniteError
+            If a number in it is NaN or infinite indeed.
+        """
+        for tensor, name, good in zip(self.tensors, self.names, fine, strict=True):
+            if good:
+                continue
+            rest = list(range(1, tensor.shape.rank))
+            bad = np.flatnonzero(~tf.reduce_all(tf.math.is_finite(tensor), rest).numpy())
+            if bad.size:
+                raise NotFiniteError(
+                    f"Input {name!r} has NaN or Inf in example {bad[0]}"
+                    + (f" and {bad.size - 1} more" if bad.size > 1 else "")
+                    + ". Remove or mend these examples."
+                )
+
+
+def declared(model: Any) -> list[Expected]:
+    """Return what a functional or sequential Keras model declares; nothing for other callables."""
+    inputs = getattr(model, "inputs", None)
+    if not inputs or not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in inputs):
+        return []
+    named = [t.name for t in inputs]
+    return [
+        Expected(name, tuple(t.shape), tf.as_dtype(t.dtype))
+        for name, t in zip(named, inputs, strict=True)
+    ]
+
+
+def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Batch:
+    """Return the user's data as a Batch.
+
+    Parameters
+    ----------
+    x : array, or list, tuple or dict of arrays
+        One array for each input, the batch first.
+    expected : sequence of Expected
+        What the model declares; may be empty.
+    dtype : tf.DType or None
+        For floating arrays of other types where the model declares nothing.
+
+    Raises
+    ------
+    InputError
+        Where structure, shape or type do not fit.
+    """
+    if isinstance(x, (list, tuple)) and _is_one_array(x, len(expected)):
+        x = np.asarray(x)
+    structure = tf.nest.map_structure(lambda leaf: 0, x)
+    leaves = tf.nest.flatten(x)
+    if expected and len(leaves) != len(expected):
+        raise InputError(
+            f"Expected {len(expected)} inputs ({', '.join(repr(e.name) for e in expected)}). "
+            f"Received: {len(leaves)}."
+        )
+    specs, names = _beside(x, expected, len(leaves))
+    tensors = [
+        _tensor(leaf, name, spec, dtype)
+        for leaf, name, spec in zip(leaves, names, specs, strict=True)
+    ]
+    sizes = {name: t.shape[0] for name, t in zip(names, tensors, strict=True)}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"Expected inputs of one batch size. Received: {sizes}.")
+    return Batch(tensors, tuple(names), structure)
+
+
+def _is_one_array(x: Sequence[Any], count: int) -> bool:
+    """Tell whether a list is nested numbers (one array) and not a list of inputs."""
+    if any(isinstance(e, (np.ndarray, tf.Tensor, Mapping)) or hasattr(e, "dtype") for e in x):
+        return False
+    return count <= 1
+
+
+def _beside(
+    x: Any, expected: Sequence[Expected], count: int
+) -> tuple[list[Expected | None], list[str]]:
+    """Pair each leaf with what the model declares: a dict's by name, all others in order."""
+    if isinstance(x, Mapping) and len(x) == count:
+        keys = sorted(x)  # the order of tf.nest
+        known = {e.name: e for e in expected}
+        if expected and set(keys) - set(known):
+            return list(expected), [e.name for e in expected]
+        return [known.get(key) for key in keys], [str(key) for key in keys]
+    if expected:
+        return list(expected), [e.name for e in expected]
+    return [None] * count, ["inputs"] if count == 1 else [f"inputs_{n}" for n in range(count)]
+
+
+def _tensor(leaf: Any, name: str, spec: Expected | None, dtype: tf.DType | None) -> tf.Tensor:
+    if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
+        raise InputError(
+            f"Input {name!r} is a {type(leaf).__name__}. perjac takes dense tensors: use "
+            f".to_tensor() and a mask, or tf.sparse.to_dense()."
+        )
+    try:
+        tensor = tf.convert_to_tensor(leaf)
+    except (ValueError, TypeError) as failure:
+        raise InputError(f"Input {name!r} is no array of numbers: {failure}") from failure
+    if tensor.dtype == tf.string:
+        raise InputError(
+            f"Input {name!r} holds text. Put the text vectorisation before the model and give "
+            "perjac its integers."
+        )
+    if spec is not None:
+        tensor = tf.cast(tensor, spec.dtype)
+        _check_shape(tensor, name, spec)
+    elif dtype is not None and tensor.dtype.is_floating:
+        tensor = tf.cast(tensor, dtype)
+    if tensor.shape.rank == 0:
+        raise InputError(f"Input {name!r} is a single number. Expected a batch of examples.")
+    return tensor
+
+
+def _check_shape(tensor: tf.Tensor, name: str, spec: Expected) -> None:
+    fits = tensor.shape.rank == len(spec.shape) and all(
+        want is None or want == got
+        for want, got in zip(spec.shape[1:], tensor.shape[1:], strict=True)
+    )
+    if fits:
+        return
+    shown = "(" + ", ".join("B" if n == 0 else str(d) for n, d in enumerate(spec.shape)) + ")"
+    hint = ""
+    if tensor.shape.rank == len(spec.shape) - 1:
+        hint = " The batch axis seems to be missing: try x[None]."
+    raise InputError(
+        f"Expected input {name!r} of shape {shown}. Received: {tuple(tensor.shape)}.{hint}"
+    )

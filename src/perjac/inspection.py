@@ -1,0 +1,141 @@
+"""The plan as a table that people read: each weight, its sites, rule, path, why, and the cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Sequence
+
+from perjac.memory import readable
+from perjac.plan import Decision
+
+_HEADERS = ["weight", "shape", "meets the data at", "rule → factor", "path", "why", "held", "rows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One weight.
+
+    Attributes
+    ----------
+    weight : str
+        Its key.
+    shape : tuple of int
+        Its shape.
+    sites : tuple of str
+        The operations at which it meets the data.
+    rule : str
+        What the rules make of them.
+    factor : tuple of str
+        The factor at each site.
+    path : str
+        "factored" or "tape".
+    reason : str
+        Why this path.
+    held_bytes, dense_bytes : int or None
+        Memory of the factor, and of the rows once formed, for the batch.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    sites: tuple[str, ...]
+    rule: str
+    factor: tuple[str, ...]
+    path: str
+    reason: str
+    held_bytes: int | None
+    dense_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """How each trainable weight goes; print it, or read `rows`.
+
+    Attributes
+    ----------
+    rows : list of Row
+        One for each weight.
+    batch_size, outputs : int
+        B and K, for which memory and work are given.
+    """
+
+    rows: list[Row]
+    batch_size: int
+    outputs: int
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision], batch_size: int, outputs: int) -> Inspection:
+        """Return the table of a plan's decisions."""
+        return cls([_row(d, batch_size, outputs) for d in decisions], batch_size, outputs)
+
+    @property
+    def columns(self) -> list[str]:
+        """The table's headers."""
+        return list(_HEADERS)
+
+    def cells(self) -> list[list[str]]:
+        """Return the table's text, a list for each weight."""
+        return [
+            [
+                row.weight,
+                "×".join(map(str, row.shape)) or "scalar",
+                "\n".join(row.sites) or "–",
+                row.rule,
+                row.path,
+                row.reason,
+                "?" if row.held_bytes is None else readable(row.held_bytes),
+                readable(row.dense_bytes),
+            ]
+            for row in self.rows
+        ]
+
+    @property
+    def summary(self) -> str:
+        """One sentence on the whole."""
+        factored = sum(row.path == "factored" for row in self.rows)
+        held = sum(row.held_bytes or 0 for row in self.rows)
+        dense = sum(row.dense_bytes for row in self.rows)
+        return (
+            f"{factored} of {len(self.rows)} weights factored. For {self.batch_size} examples × "
+            f"{self.outputs} outputs: {readable(held)} held, {readable(dense)} if all rows are "
+            f"formed."
+        )
+
+    def __str__(self) -> str:
+        table = [self.columns, *([c.replace("\n", "; ") for c in row] for row in self.cells())]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ]
+        lines.insert(1, "  ".join("─" * w for w in widths))
+        return "\n".join([*lines, self.summary])
+
+    def _repr_html_(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            inside = "".join(
+                f"<{tag}>{html.escape(c).replace(chr(10), '<br>')}</{tag}>" for c in cells
+            )
+            return f"<tr>{inside}</tr>"
+
+        rows = "".join(line(cells, "td") for cells in self.cells())
+        head = line(self.columns, "th")
+        return f"<table>{head}{rows}</table><p>{html.escape(self.summary)}</p>"
+
+
+def _row(decision: Decision, batch_size: int, outputs: int) -> Row:
+    source = decision.source
+    unit = batch_size * source.dtype.size
+    rules = "; ".join(decision.rules)
+    return Row(
+        weight=source.key,
+        shape=source.shape,
+        sites=tuple(f"{site.type} {site.operation}" for site in decision.sites),
+        rule=rules or ("tape.jacobian" if decision.path == "tape" else "–"),
+        factor=tuple(rule.partition("→ ")[2] for rule in decision.rules),
+        path=decision.path,
+        reason=decision.reason,
+        held_bytes=None if decision.entries is None else unit * decision.entries
+        if decision.path == "factored" else unit * outputs * source.size,
+        dense_bytes=unit * outputs * source.size,
+    )  # fmt: skip

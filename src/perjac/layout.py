@@ -1,0 +1,83 @@
+"""Ways to lay the same numbers out anew: how a weight's axes become the axes a rule works with.
+
+A Relabelling is linear and loses nothing, so it carries vectors forth and Jacobian rows back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+Step = tuple[str, tuple, tuple]
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelling:
+    """A chain of reshapes, transpositions and casts, from `shape` to `target`.
+
+    Examples
+    --------
+    >>> kernel = Relabelling.of((2, 3, 4)).transpose((2, 0, 1)).reshape((4, 6))
+    >>> kernel.apply(tf.ones((2, 3, 4))).shape
+    TensorShape([4, 6])
+    >>> kernel.invert(tf.ones((7, 4, 6)), lead=1).shape
+    TensorShape([7, 2, 3, 4])
+    """
+
+    shape: tuple[int, ...]
+    target: tuple[int, ...]
+    steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Relabelling:
+        """Return the relabelling that changes nothing."""
+        return cls(tuple(shape), tuple(shape))
+
+    def reshape(self, target: Sequence[int]) -> Relabelling:
+        """Follow with a reshape."""
+        target = tuple(int(n) for n in target)
+        if math.prod(target) != math.prod(self.target):
+            raise ValueError(f"Expected {math.prod(self.target)} entries. Received: {target}.")
+        steps, before = self.steps, self.target
+        if steps and steps[-1][0] == "reshape":  # two reshapes are one
+            steps, before = steps[:-1], steps[-1][1]
+        if before != target:
+            steps = (*steps, ("reshape", before, target))
+        return Relabelling(self.shape, target, steps)
+
+    def transpose(self, axes: Sequence[int]) -> Relabelling:
+        """Follow with a transposition."""
+        axes = tuple(int(a) for a in axes)
+        if axes == tuple(range(len(axes))):
+            return self
+        target = tuple(self.target[a] for a in axes)
+        backwards = tuple(sorted(range(len(axes)), key=axes.__getitem__))
+        return Relabelling(self.shape, target, (*self.steps, ("transpose", backwards, axes)))
+
+    def cast(self, before: tf.DType, after: tf.DType) -> Relabelling:
+        """Follow with a change of floating type."""
+        step = ("cast", (before.as_datatype_enum,), (after.as_datatype_enum,))
+        return Relabelling(self.shape, self.target, (*self.steps, step))
+
+    def apply(self, tensor: tf.Tensor, lead: int = 0) -> tf.Tensor:
+        """Lay out (*lead, *shape) as (*lead, *target)."""
+        for kind, _, after in self.steps:
+            tensor = _take(kind, after, tensor, lead)
+        return tensor
+
+    def invert(self, tensor: tf.Tensor, lead: int = 0) -> tf.Tensor:
+        """Lay out (*lead, *target) as (*lead, *shape)."""
+        for kind, before, _ in reversed(self.steps):
+            tensor = _take(kind, before, tensor, lead)
+        return tensor
+
+
+def _take(kind: str, to: tuple, tensor: tf.Tensor, lead: int) -> tf.Tensor:
+    if kind == "reshape":
+        return tf.reshape(tensor, tf.concat([tf.shape(tensor)[:lead], to], 0))
+    if kind == "transpose":
+        return tf.transpose(tensor, [*range(lead), *(axis + lead for axis in to)])
+    return tf.cast(tensor, tf.as_dtype(to[0]))

@@ -1,0 +1,63 @@
+"""A site bound to a graph: what a rule reads the operation, its data and its shapes from.
+
+The batch is folded out here, once for all rules: a tensor (B·F, ...) becomes (B, F, ...), where F
+counts the positions that the model folded into the batch axis (1 where it did not).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+
+from perjac.batching import unfold
+from perjac.layout import Relabelling
+
+
+class NoRule(Exception):
+    """Raised by a rule for a site that it does not cover; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundSite:
+    """A site in the graph being built.
+
+    Attributes
+    ----------
+    op : tf.Operation
+        The operation.
+    operand : int
+        The weights' side.
+    layout : Relabelling
+        From the weight to that operand; the identity of ψ where ψ does more than relabel.
+    fold : int
+        F, positions folded into the batch axis.
+    batch : tf.Tensor
+        B, a scalar int32.
+    """
+
+    op: Any
+    operand: int
+    layout: Relabelling
+    fold: int
+    batch: tf.Tensor
+
+    @property
+    def weight(self) -> tf.Tensor:
+        """The operand on the weights' side, ψ(W)."""
+        return self.op.inputs[self.operand]
+
+    @property
+    def output(self) -> tf.Tensor:
+        """The operation's first output."""
+        return self.op.outputs[0]
+
+    def data(self, operand: int) -> tf.Tensor:
+        """Return a data operand with the batch folded out, (B, F, ...)."""
+        return unfold(self.op.inputs[operand], self.batch, self.fold)
+
+    def attr(self, name: str) -> Any:
+        """Return an attribute of the operation, text as str."""
+        value = self.op.get_attr(name)
+        return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,87 @@
+"""Operations that meet the data entry by entry: biases, scales and whatever else broadcasts."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from perjac.batching import unfold
+from perjac.factors import Explicit, Factor
+from perjac.rules.bound import BoundSite, NoRule
+from perjac.rules.registry import rule
+
+
+@rule("Add", "AddV2", "BroadcastTo")
+def add(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = x + W, so J = δ, summed over the axes along which W is broadcast."""
+    return _reduced(site, delta)
+
+
+@rule("BiasAdd")
+def bias_add(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = x + b along the channels, last or (NCHW) second."""
+    if site.attr("data_format") == "NCHW":
+        spatial = site.output.shape.rank - 2
+        return _reduced(site, delta, [site.weight.shape[0], *[1] * spatial])
+    return _reduced(site, delta)
+
+
+@rule("Sub")
+def subtract(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = x - W, so J = -δ; or W - x."""
+    return _reduced(site, -delta if site.operand == 1 else delta)
+
+
+@rule("Mul")
+def multiply(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = x ∘ W, so J = δ ∘ x, summed over the axes along which W is broadcast."""
+    return _reduced(site, delta * _beside(site, 1 - site.operand, delta))
+
+
+@rule("RealDiv")
+def divide(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = W / x, so J = δ / x; or y = x / W, so J = -δ ∘ y / W."""
+    if site.operand == 0:
+        return _reduced(site, delta / _beside(site, 1, delta))
+    result = tf.expand_dims(unfold(site.output, site.batch, site.fold), 1)
+    return _reduced(site, -delta * result / site.weight)
+
+
+@rule("Maximum", "Minimum", "SquaredDifference", "Pow", "SelectV2")
+def entrywise(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = f(x, W) entry by entry, so J = δ ∘ ∂f/∂W, the partial from TensorFlow itself."""
+    names = {"SelectV2": ("condition", "t", "e")}.get(site.op.type, ("x", "y"))
+    # A copy of W for each entry of y: its gradient is the partial derivative, entry by entry.
+    spread = tf.broadcast_to(site.weight, tf.shape(site.output))
+    arguments = dict(zip(names, site.op.inputs, strict=True))
+    arguments[names[site.operand]] = spread
+    result = getattr(tf.raw_ops, site.op.type)(**arguments)
+    partial = tf.gradients(result, spread)[0]
+    if partial is None:
+        raise NoRule("it has no derivative")
+    return _reduced(site, delta * tf.expand_dims(unfold(partial, site.batch, site.fold), 1))
+
+
+def _reduced(site: BoundSite, delta: tf.Tensor, shape: list[int] | None = None) -> Factor:
+    """Sum (B, K, F, *rest) over F and the axes along which W, seen as `shape`, is broadcast."""
+    own = site.weight.shape
+    if not own.is_fully_defined():
+        raise NoRule("the weight's shape is unknown")
+    shape = list(own) if shape is None else shape
+    rank = site.output.shape.rank
+    if rank is None or len(shape) > rank or (len(shape) == rank and shape[0] != 1):
+        raise NoRule("the weight has an entry of its own for each example of the batch")
+    padded = [1] * (rank - len(shape)) + shape
+    axes = [2] + [n + 2 for n in range(1, rank) if padded[n] == 1]
+    count = delta.shape[1] or tf.shape(delta)[1]
+    rows = tf.reshape(tf.reduce_sum(delta, axes), [site.batch, count, *own])
+    return Explicit(site.layout, tf.ensure_shape(rows, [None, delta.shape[1], *own]))
+
+
+def _beside(site: BoundSite, operand: int, delta: tf.Tensor) -> tf.Tensor:
+    """Return a data operand as (B, 1, F, ...), its axes lined up with those of δ."""
+    x = site.op.inputs[operand]
+    if x.shape.rank is None or x.shape.rank != site.output.shape.rank:
+        if x.shape.rank == 0 or x.shape.is_fully_defined():
+            return x  # no batch axis: it broadcasts as it is
+        raise NoRule("the data has fewer axes than the result")
+    return tf.expand_dims(site.data(operand), 1)

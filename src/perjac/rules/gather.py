@@ -1,0 +1,29 @@
+"""Tables of rows looked up by integers: embeddings."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from perjac.factors import Factor, Lookup
+from perjac.rules.bound import BoundSite, NoRule
+from perjac.rules.registry import rule
+
+
+@rule("GatherV2", "ResourceGather")
+def gather(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y[t] = W[ids[t]], so J adds δ[t] to row ids[t]."""
+    if site.operand != 0 or site.attr("batch_dims"):
+        raise NoRule("the weight is not a plain table of rows")
+    if site.op.type == "GatherV2" and tf.get_static_value(site.op.inputs[2]) != 0:
+        raise NoRule("the rows are not looked up along the table's first axis")
+    table, width = site.layout.target[0], tf.TensorShape(site.layout.target[1:]).num_elements()
+    ids = site.op.inputs[1]
+    if ids.shape.rank == 0 or not ids.shape[1:].is_fully_defined():
+        raise NoRule("the number of look-ups for one example is unknown")
+    positions = site.fold * ids.shape[1:].num_elements()
+    count = delta.shape[1] or tf.shape(delta)[1]
+    return Lookup(
+        site.layout.reshape([table, width]),
+        tf.reshape(ids, [site.batch, positions]),
+        tf.reshape(delta, [site.batch, count, positions, width]),
+    )

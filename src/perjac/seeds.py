@@ -1,0 +1,146 @@
+"""Output directions: which K rows of the Jacobian are asked for, as cotangents of the output.
+
+Knows the output's shape; must not know what is differentiated or how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from perjac.errors import InputError, OutOfRangeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """K directions for each example.
+
+    Attributes
+    ----------
+    kind : str
+        "all" outputs, "chosen" ones, one "each" example's own, or given "cotangents".
+    row_shape : tuple of int
+        How the K rows are arranged.
+    payload : tf.Tensor
+        The numbers behind the kind: nothing; indices (K,); indices (B,); cotangents (B, K, *out).
+    """
+
+    kind: str
+    row_shape: tuple[int, ...]
+    payload: tf.Tensor
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return math.prod(self.row_shape)
+
+    @property
+    def signature(self) -> tuple:
+        """What a compiled job depends on."""
+        return self.kind, self.count
+
+    def part(self, examples: slice) -> Seeds:
+        """Return the seeds of some of the examples."""
+        if self.kind in ("all", "chosen"):
+            return self
+        return dataclasses.replace(self, payload=self.payload[examples])
+
+
+def row(kind: str, payload: tf.Tensor, k: Any, output: tf.Tensor) -> tf.Tensor:
+    """Return row k of the seeds as a cotangent of `output`, (B, *output_shape).
+
+    `k` is a number or a scalar tensor, so that rows can be unrolled or vectorised over.
+    """
+    if kind == "cotangents":
+        return tf.reshape(payload[:, k], tf.shape(output))
+    entries = output.shape[1:].num_elements()
+    index = {"all": lambda: k, "chosen": lambda: payload[k], "each": lambda: payload}[kind]()
+    hot = tf.one_hot(index, entries, dtype=output.dtype)  # (entries,), or (B, entries)
+    hot = tf.reshape(hot, tf.concat([[-1], tf.shape(output)[1:]], 0))
+    return tf.broadcast_to(hot, tf.shape(output))
+
+
+def select(kind: str, payload: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+    """Return the K numbers, for one example's output (*output_shape), that are differentiated."""
+    flat = tf.reshape(output, [-1])
+    if kind == "all":
+        return flat
+    if kind == "cotangents":
+        return tf.linalg.matvec(tf.reshape(payload, [tf.shape(payload)[0], -1]), flat)
+    return tf.gather(flat, tf.reshape(payload, [-1]))
+
+
+def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype: tf.DType) -> Seeds:
+    """Return the seeds that `outputs` or `cotangents` ask for.
+
+    Parameters
+    ----------
+    outputs : None, int, sequence of int, or array of int (B,)
+        Numbers of outputs, counted through the output's shape in C order. A list is n outputs
+        for every example, an array or tensor of length B is one for each.
+    cotangents : None or array (B, K, *output_shape)
+        Directions.
+    batch : int
+        B.
+    shape : sequence of int
+        The output's, for one example.
+    dtype : tf.DType
+        The output's.
+
+    Raises
+    ------
+    InputError
+        If both are given, or shapes do not fit.
+    OutOfRangeError
+        If an output does not exist.
+    """
+    shape = tuple(shape)
+    if outputs is not None and cotangents is not None:
+        raise InputError("Give outputs= or cotangents=, not both.")
+    if cotangents is not None:
+        return _directions(cotangents, batch, shape, dtype)
+    if outputs is None:
+        return Seeds("all", shape, tf.zeros([0], tf.int32))
+    each = not isinstance(outputs, (list, tuple, range)) and np.ndim(outputs) == 1
+    chosen = np.atleast_1d(np.asarray(outputs))
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+        raise InputError(
+            "Expected outputs= as an int, a list of ints, or one int for each example. "
+            f"Received: {outputs!r}."
+        )
+    chosen = _in_range(chosen, shape)
+    if not each:
+        return Seeds("chosen", (len(chosen),), tf.constant(chosen, tf.int32))
+    if len(chosen) != batch:
+        raise InputError(
+            f"outputs= as an array names one output for each example: expected {batch} of them. "
+            f"Received: {len(chosen)}. For the same outputs of every example give a list."
+        )
+    return Seeds("each", (1,), tf.constant(chosen, tf.int32))
+
+
+def _in_range(chosen: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    total = math.prod(shape)
+    wrong = np.flatnonzero((chosen < -total) | (chosen >= total))
+    if wrong.size:
+        where = f" (at position {wrong[0]})" if len(chosen) > 1 else ""
+        raise OutOfRangeError(
+            f"There is no output {chosen[wrong[0]]}{where}: the output has shape {shape}, so its "
+            f"entries are 0 to {total - 1}."
+        )
+    return np.where(chosen < 0, chosen + total, chosen)
+
+
+def _directions(cotangents: Any, batch: int, shape: tuple[int, ...], dtype: tf.DType) -> Seeds:
+    u = tf.cast(tf.convert_to_tensor(cotangents), dtype)
+    if u.shape.rank != 2 + len(shape) or tuple(u.shape[2:]) != shape or u.shape[0] != batch:
+        raise InputError(
+            f"Expected cotangents of shape (B, K, *output_shape) = ({batch}, K, "
+            f"{', '.join(map(str, shape))}). Received: {tuple(u.shape)}."
+        )
+    return Seeds("cotangents", (int(u.shape[1]),), u)

@@ -1,0 +1,153 @@
+"""Program → Sites: where each weight meets the data, and what lies between the weight and there.
+
+Knows graphs; must not know which operations have rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow as tf
+
+from perjac.layout import Relabelling
+from perjac.trace import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One operand of one operation through which weights reach the data.
+
+    Attributes
+    ----------
+    operation, type : str
+        The operation's name in the trace, and its type.
+    operand : int
+        Which of its inputs comes from weights alone.
+    psi : str
+        The tensor at that operand, ψ(W).
+    variables : frozenset of int
+        The variables that ψ is made of.
+    layout : Relabelling or None
+        From the variable to ψ, where ψ only relabels one variable; else None.
+    """
+
+    operation: str
+    type: str
+    operand: int
+    psi: str
+    variables: frozenset[int]
+    layout: Relabelling | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What each tensor of a program depends on, by tensor name.
+
+    Attributes
+    ----------
+    data : set of str
+        Depends on the inputs or on the batch size.
+    values : set of str
+        Depends on the inputs' values, not merely on their shapes.
+    params : dict of str to frozenset of int
+        Depends on these variables, and not on data.
+    sites : tuple of Site
+        Every place where one of the second kind meets one of the first.
+    """
+
+    data: set[str]
+    values: set[str]
+    params: dict[str, frozenset[int]]
+    sites: tuple[Site, ...]
+
+
+# Their outputs tell shapes, not values.
+_SHAPES = {"Shape", "ShapeN", "Size", "Rank", "VariableShape"}
+
+
+def flow(program: Program) -> Flow:
+    """Classify every tensor of a program and collect its sites."""
+    data, values = set(program.inputs), set(program.inputs)
+    params = {name: frozenset([n]) for name, n in program.handles.items()}
+    sites: list[Site] = []
+    for op in program.graph.get_operations():  # creation order is topological
+        names = [t.name for t in op.inputs]
+        if any(name in data for name in names):
+            sites += [
+                Site(op.name, op.type, i, name, params[name], _layout(op.inputs[i], program))
+                for i, name in enumerate(names)
+                if name in params and op.outputs
+            ]
+            moving = [t.name for t in op.outputs if not _is_known(t)]
+            data.update(moving)
+            if op.type not in _SHAPES and any(name in values for name in names):
+                values.update(moving)
+        elif op.type != "StopGradient":  # nothing can be derived through that one
+            made_of = frozenset().union(*(params.get(name, ()) for name in names))
+            if made_of:
+                params |= {t.name: made_of for t in op.outputs if _carries_derivative(t)}
+    return Flow(data, values, params, tuple(sites))
+
+
+def upstream(program: Program, tensors: Iterable[str]) -> set[str]:
+    """Return the names of the operations that the tensors depend on."""
+    found: set[str] = set()
+    stack = [program.graph.get_tensor_by_name(name).op for name in tensors]
+    while stack:
+        op = stack.pop()
+        if op.name not in found:
+            found.add(op.name)
+            stack.extend(t.op for t in op.inputs)
+    return found
+
+
+def _is_known(tensor: Any) -> bool:
+    """Tell whether a tensor of integers is fixed by the shapes alone, whatever the batch."""
+    if not (tensor.dtype.is_integer or tensor.dtype.is_bool):
+        return False
+    return tf.get_static_value(tensor) is not None
+
+
+def _carries_derivative(tensor: Any) -> bool:
+    return tensor.dtype.is_floating or tensor.dtype.is_complex or tensor.dtype == tf.resource
+
+
+def _layout(psi: Any, program: Program) -> Relabelling | None:
+    """Return how ψ relabels the variable it is read from, or None where it does more."""
+    op = psi.op
+    if psi.name in program.handles:  # ResourceGather takes the variable itself
+        variable = program.weights.variables[program.handles[psi.name]]
+        return Relabelling.of(variable.shape)
+    if psi.name in program.reads:
+        return Relabelling.of(psi.shape)
+    if op.type not in _RELABELS:
+        return None
+    before = _layout(op.inputs[0], program)
+    return None if before is None else _RELABELS[op.type](op, before)
+
+
+def _reshape(op: Any, before: Relabelling) -> Relabelling | None:
+    shape = op.outputs[0].shape
+    return before.reshape(shape) if shape.is_fully_defined() else None
+
+
+def _transpose(op: Any, before: Relabelling) -> Relabelling | None:
+    axes = tf.get_static_value(op.inputs[1])
+    return None if axes is None else before.transpose(axes)
+
+
+def _cast(op: Any, before: Relabelling) -> Relabelling | None:
+    source, target = op.inputs[0].dtype, op.outputs[0].dtype
+    return before.cast(source, target) if target.is_floating else None
+
+
+_RELABELS = {
+    "Identity": lambda op, before: before,
+    "Reshape": _reshape,
+    "Squeeze": _reshape,
+    "ExpandDims": _reshape,
+    "Transpose": _transpose,
+    "Cast": _cast,
+}

@@ -1,0 +1,164 @@
+"""What is differentiated against: weights, inputs, activations; and names turned into them.
+
+Knows names, shapes and dtypes. Must not know graphs or how a derivative is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.errors import InputError, UnknownNameError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A hidden layer's output, by the layer's name; made by `activation`."""
+
+    layer: str
+    call: int | None = None
+
+
+def activation(layer: Any, call: int | None = None) -> Activation:
+    """Name a hidden layer's output as something to differentiate against.
+
+    Parameters
+    ----------
+    layer : str or keras.layers.Layer
+        The layer, or its name.
+    call : int, optional
+        Which of its calls, counted from 0, where the model calls the layer several times.
+
+    Returns
+    -------
+    Activation
+        For `engine.jacobian(x, wrt=...)`. Of a layer with several outputs it is the first.
+
+    Examples
+    --------
+    >>> import perjac as pj
+    >>> pj.activation("conv2d_3")
+    Activation(layer='conv2d_3', call=None)
+    """
+    return Activation(layer if isinstance(layer, str) else layer.name, call)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One thing differentiated against: its key, its shape for one example, and where it is.
+
+    `kind` is "weight", "input" or "activation"; `index` counts the engine's variables or the
+    model's inputs; `tensor` names an activation's tensor in the traced graph.
+    """
+
+    kind: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: tf.DType
+    index: int = -1
+    tensor: str = ""
+
+    @property
+    def size(self) -> int:
+        """Entries for one example."""
+        size = 1
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+class Weights:
+    """A model's variables under keys that differ: their paths, numbered where two share one.
+
+    Parameters
+    ----------
+    variables : sequence of variables
+        All that the model has, each once.
+    trainable : sequence of variables
+        Those that `wrt="weights"` means.
+    """
+
+    def __init__(self, variables: Sequence[Any], trainable: Sequence[Any]):
+        self.variables = list(variables)
+        self.keys = _distinct([host.variable_path(v) for v in self.variables])
+        self._number = {id(host.tf_variable(v)): n for n, v in enumerate(self.variables)}
+        self.trainable = [self._number[id(host.tf_variable(v))] for v in trainable]
+
+    def number(self, variable: Any) -> int | None:
+        """Return which variable this is, or None for one that is not the model's."""
+        try:
+            return self._number.get(id(host.tf_variable(variable)))
+        except AttributeError:
+            return None
+
+    def source(self, number: int) -> Source:
+        """Return variable `number` as a Source."""
+        variable = host.tf_variable(self.variables[number])
+        return Source(
+            "weight", self.keys[number], tuple(variable.shape), variable.dtype, index=number
+        )
+
+
+def match(name: str, keys: Iterable[str], what: str) -> str:
+    """Return the one key that is `name` or ends with it, path component by path component.
+
+    Raises
+    ------
+    UnknownNameError
+        If none or several do; it names the nearest, or all that fit.
+    """
+    keys = list(keys)
+    if name in keys:
+        return name
+    fits = [key for key in keys if key.endswith("/" + name)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise UnknownNameError(
+            f"{what} {name!r} is ambiguous: it could be {', '.join(map(repr, fits))}. "
+            "Give more of the path."
+        )
+    raise UnknownNameError(f"There is no {what} {name!r}. {nearest(name, keys)}")
+
+
+def is_variable(thing: Any) -> bool:
+    """Tell whether `thing` is a TensorFlow or Keras variable."""
+    return isinstance(host.tf_variable(thing) if hasattr(thing, "value") else thing, tf.Variable)
+
+
+def weights_of(layer: Any, weights: Weights) -> list[Source]:
+    """Return a layer's trainable weights, or all of a frozen layer's, as Sources."""
+    chosen = list(layer.trainable_weights) or [
+        v for v in layer.weights if host.tf_variable(v).dtype.is_floating
+    ]
+    if not chosen:
+        raise InputError(
+            f"Layer {layer.name!r} has no weights. For its output use "
+            f"wrt=pj.activation({layer.name!r})."
+        )
+    return [weights.source(known_number(v, weights)) for v in chosen]
+
+
+def known_number(variable: Any, weights: Weights) -> int:
+    """Return the number of a variable of the model, or raise for one that is not."""
+    number = weights.number(variable)
+    if number is None:
+        raise UnknownNameError(
+            f"Variable {host.variable_path(variable)!r} does not belong to this model. "
+            "Its variables: " + ", ".join(map(repr, weights.keys[:8])) + ", …"
+        )
+    return number
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number repeated names: ["a", "b", "a"] becomes ["a", "b", "a#2"]."""
+    seen: dict[str, int] = {}
+    keys = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        keys.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return keys

@@ -1,0 +1,126 @@
+"""The universal path: `tape.jacobian` of one example, vectorised over the examples by pfor.
+
+Calls the model itself, not its traced graph: it is also what the factored path is checked against.
+Where pfor cannot convert an operation, one example after another, and it says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.errors import SlowPathWarning
+from perjac.seeds import Seeds, select
+from perjac.sources import Source
+from perjac.trace import Callee
+
+# pfor does not convert these, and prints thousands of lines before it gives up.
+LOOPS = {"While", "StatelessWhile"}
+
+
+class Tape:
+    """The tape path for one choice of output and sources.
+
+    Parameters
+    ----------
+    callee : Callee
+        The model.
+    structure : nested structure
+        The user's structure of inputs.
+    head : callable
+        Takes ({head: output}, {layer: outputs}) to the output that is differentiated.
+    taps : mapping of Source to callable
+        For an activation: takes {layer: outputs} to its tensor.
+    variables : sequence of variables
+        All of the model's, by number.
+    sources : sequence of Source
+        What is differentiated against.
+    kind : str
+        The kind of seeds.
+    vectorise : bool
+        Whether to try pfor; if not, `reason` says why not.
+    """
+
+    def __init__(
+        self,
+        callee: Callee,
+        structure: Any,
+        head: Callable[..., tf.Tensor],
+        taps: dict[Source, Callable[..., tf.Tensor]],
+        variables: Sequence[Any],
+        sources: Sequence[Source],
+        kind: str,
+        vectorise: bool,
+        reason: str = "",
+    ):
+        self._callee, self._structure, self._head, self._taps = callee, structure, head, taps
+        self._variables, self._sources, self._kind = variables, list(sources), kind
+        self._vectorise, self._reason = vectorise, reason
+        self.disconnected: set[Source] = set()  # known after the first call
+        self._batched = tf.function(self._all, autograph=False, reduce_retracing=True)
+        self._single = tf.function(self._one, autograph=False, reduce_retracing=True)
+
+    def __call__(self, inputs: Sequence[tf.Tensor], seeds: Seeds) -> list[tf.Tensor]:
+        """Return each source's rows, (B, K, *shape)."""
+        batch = int(inputs[0].shape[0])
+        payload = seeds.payload
+        if self._kind in ("all", "chosen"):  # the same for every example
+            payload = tf.repeat(payload[None], batch, 0)
+        if self._vectorise:
+            try:
+                return list(self._batched(list(inputs), payload))
+            except Exception as failure:  # pfor raises whatever the converter stumbled over
+                self._vectorise, self._reason = False, _first_line(failure)
+        warnings.warn(
+            f"The tape path goes example by example, which is slow, for "
+            f"{', '.join(s.key for s in self._sources[:5])}"
+            f"{', …' if len(self._sources) > 5 else ''}: {self._reason}",
+            SlowPathWarning,
+            stacklevel=5,
+        )
+        alone = [self._single([t[b] for t in inputs], payload[b]) for b in range(batch)]
+        return [tf.stack(rows) for rows in zip(*alone, strict=True)]
+
+    def _all(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> list[tf.Tensor]:
+        return tf.vectorized_map(
+            lambda example: self._rows(example[0], example[1], pfor=True), (inputs, payload)
+        )
+
+    def _one(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> list[tf.Tensor]:
+        return self._rows(inputs, payload, pfor=False)
+
+    def _rows(self, example: list[tf.Tensor], payload: tf.Tensor, pfor: bool) -> list[tf.Tensor]:
+        """One example's rows with respect to every source, each (K, *shape)."""
+        inputs = [t[None] for t in example]
+        with tf.GradientTape() as tape:
+            tape.watch([t for t in inputs if t.dtype.is_floating])
+            tape.watch([self._tensor(s, [], {}) for s in self._sources if s.kind == "weight"])
+            heads, taps = self._callee(tf.nest.pack_sequence_as(self._structure, inputs))
+            output = select(self._kind, payload, self._head(heads, taps)[0])
+        against = [self._tensor(source, inputs, taps) for source in self._sources]
+        # Zeros are filled in here: asking the tape for them fails in TensorFlow 2.21 as soon as
+        # a source is unconnected.
+        rows = tape.jacobian(output, against, experimental_use_pfor=pfor)
+        count = tf.shape(output)[0]
+        pairs = list(zip(self._sources, rows, strict=True))
+        self.disconnected = {source for source, row in pairs if row is None}
+        return [
+            tf.zeros([count, *source.shape], source.dtype)
+            if row is None
+            else tf.reshape(row, [count, *source.shape])
+            for source, row in pairs
+        ]
+
+    def _tensor(self, source: Source, inputs: list[tf.Tensor], taps: Any) -> Any:
+        if source.kind == "weight":
+            return host.tf_variable(self._variables[source.index])
+        return inputs[source.index] if source.kind == "input" else self._taps[source](taps)
+
+
+def _first_line(failure: Exception) -> str:
+    text = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {text[0][:200] if text else ''}"

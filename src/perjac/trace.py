@@ -1,0 +1,273 @@
+"""A model turned into a Program: its graph with the batch unknown, and where everything is in it.
+
+Knows models, graphs and variables; must not know rules, seeds or what will be asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.errors import InputError, UnknownNameError, nearest
+from perjac.sources import Activation, Weights
+
+Taps = dict[str, list[tf.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Callee:
+    """What is differentiated: a function of a batch, and how to watch the layers inside it.
+
+    Attributes
+    ----------
+    function : callable
+        Takes the inputs in the user's own structure, returns the outputs.
+    model : object or None
+        The Keras model to watch the layers of.
+    """
+
+    function: Callable[[Any], Any]
+    model: Any = None
+
+    def __call__(self, inputs: Any) -> tuple[dict[str, tf.Tensor], Taps]:
+        """Return ({head: output}, {layer: its outputs, call by call}) for a batch of inputs."""
+        taps: Taps = {}
+
+        def seen(name: str, output: Any) -> None:
+            tensors = [t for t in tf.nest.flatten(output) if tf.is_tensor(t)]
+            if tensors:
+                taps.setdefault(name, []).append(tensors[0])
+
+        if self.model is None:
+            return self._heads(self.function(inputs)), taps
+        with host.watching_calls(self.model, seen):
+            outputs = self.function(inputs)
+        return self._heads(outputs), taps
+
+    def _heads(self, outputs: Any) -> dict[str, tf.Tensor]:
+        """Name the outputs: by dictionary key, by Keras's output names, or by number."""
+        flat = [tf.convert_to_tensor(t) for t in tf.nest.flatten(outputs)]
+        if isinstance(outputs, Mapping) and len(outputs) == len(flat):
+            return dict(zip(sorted(outputs), flat, strict=True))
+        names = list(getattr(self.model, "output_names", None) or [])
+        if len(names) != len(flat) or len(set(names)) != len(flat):
+            names = [f"output_{n}" for n in range(len(flat))] if len(flat) > 1 else ["output"]
+        return dict(zip(names, flat, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced model. Tensors are known by their names in `graph`.
+
+    Attributes
+    ----------
+    graph : tf.Graph
+        The trace, every input's first axis unknown and all other axes fixed.
+    inputs : tuple of str
+        The input tensors, in the flattened order of the user's structure.
+    heads : dict of str to str
+        The output tensors by head name.
+    taps : dict of str to list of str
+        Layers' output tensors, one for each call; "" for a call inside a loop or nested function.
+    handles, reads : dict of str to int
+        Variable handles, and the values read from them: tensor name to variable number.
+    constants : dict of str to tf.Tensor
+        Everything else that the trace closes over.
+    """
+
+    graph: Any
+    inputs: tuple[str, ...]
+    heads: dict[str, str]
+    taps: dict[str, list[str]]
+    handles: dict[str, int]
+    reads: dict[str, int]
+    constants: dict[str, tf.Tensor]
+    weights: Weights
+
+    @functools.cached_property
+    def graph_def(self) -> Any:
+        """The trace as a GraphDef."""
+        return self.graph.as_graph_def()
+
+    @property
+    def specs(self) -> list[tf.TensorSpec]:
+        """The inputs' shapes, batch unknown, and dtypes."""
+        tensors = [self.graph.get_tensor_by_name(name) for name in self.inputs]
+        return [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
+
+    def head(self, of: str | int | None) -> str:
+        """Return the tensor that `of` names: a head, or a hidden layer's output.
+
+        Raises
+        ------
+        InputError
+            If the model has several heads and `of` is None.
+        UnknownNameError
+            If there is no such head or layer.
+        """
+        names = list(self.heads)
+        if of is None:
+            if len(names) == 1:
+                return self.heads[names[0]]
+            raise InputError(
+                f"The model has {len(names)} outputs: {', '.join(map(repr, names))}. "
+                f"Choose one, for example of={names[0]!r}."
+            )
+        if isinstance(of, int):
+            if not -len(names) <= of < len(names):
+                raise UnknownNameError(
+                    f"of={of}: the model has {len(names)} outputs, 0 to {len(names) - 1}."
+                )
+            return self.heads[names[of]]
+        if of in self.heads:
+            return self.heads[of]
+        return self.tap(Activation(of), also=names)
+
+    def tap(self, activation: Activation, also: Sequence[str] = ()) -> str:
+        """Return the tensor of a hidden layer's output."""
+        calls = self.taps.get(activation.layer)
+        if calls is None:
+            raise UnknownNameError(
+                f"There is no layer {activation.layer!r} in this model. "
+                + nearest(activation.layer, [*also, *self.taps])
+            )
+        if activation.call is None and len(calls) > 1:
+            raise UnknownNameError(
+                f"Layer {activation.layer!r} is called {len(calls)} times; choose one with "
+                f"pj.activation({activation.layer!r}, call=0) to call={len(calls) - 1}."
+            )
+        call = activation.call or 0
+        if call >= len(calls):
+            raise UnknownNameError(
+                f"Layer {activation.layer!r} is called {len(calls)} times: there is no call={call}."
+            )
+        if not calls[call]:
+            raise InputError(
+                f"Layer {activation.layer!r} runs inside a loop or a nested tf.function, so its "
+                "output is no tensor of the model's own graph. Choose a layer around it."
+            )
+        return calls[call]
+
+    def replay(
+        self, inputs: Sequence[Any], values: Mapping[int, Any], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Lay the traced operations into the graph being built, on other inputs and weights.
+
+        Parameters
+        ----------
+        inputs : sequence of tensors
+            In place of the program's inputs.
+        values : mapping of int to tensor
+            In place of reading variable n; variables left out are read.
+        names : sequence of str
+            Tensors ("a:0") and operations ("a") to return.
+
+        Returns
+        -------
+        dict
+            Name to tensor or operation.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        feed = dict(zip(self.inputs, inputs, strict=True))
+        feed |= {name: host.capture(graph, outer) for name, outer in self.constants.items()}
+        variables = self.weights.variables
+        for name, number in self.handles.items():
+            feed[name] = host.capture(graph, host.handle(variables[number]))
+        feed |= {name: values[n] for name, n in self.reads.items() if n in values}
+        return import_program(self.graph_def, feed, names)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        """Every tensor's shape when the batch is one example, as far as inference can tell."""
+        names = [t.name for op in self.graph.get_operations() for t in op.outputs]
+        found: dict[str, tuple[int | None, ...] | None] = {}
+
+        @tf.function(autograph=False)
+        def one_example(*inputs):
+            for name, tensor in self.replay(inputs, {}, names).items():
+                known = tensor.shape.rank is not None
+                found[name] = tuple(tensor.shape.as_list()) if known else None
+
+        one_example.get_concrete_function(
+            *[tf.TensorSpec([1, *spec.shape[1:]], spec.dtype) for spec in self.specs]
+        )
+        return found
+
+
+def import_program(
+    graph_def: Any, feed: Mapping[str, tf.Tensor], names: Sequence[str]
+) -> dict[str, Any]:
+    """Import a graph with some tensors replaced, and return the tensors and operations named."""
+    wanted = [name for name in dict.fromkeys(names) if name not in feed]
+    found = tf.graph_util.import_graph_def(
+        graph_def, input_map=dict(feed), return_elements=wanted, name="perjac"
+    )
+    return dict(zip(wanted, found or [], strict=True)) | {n: feed[n] for n in names if n in feed}
+
+
+def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weights: Weights):
+    """Trace a model once.
+
+    Parameters
+    ----------
+    callee : Callee
+        What to call.
+    specs : sequence of tf.TensorSpec
+        The flattened inputs, first axis None.
+    structure : nested structure
+        The user's structure of inputs, to pack them into.
+    weights : Weights
+        The variables to recognise.
+
+    Returns
+    -------
+    Program
+    """
+    taps: Taps = {}
+
+    @tf.function(autograph=False)
+    def call(*flat):
+        heads, seen = callee(tf.nest.pack_sequence_as(structure, list(flat)))
+        taps.update(seen)
+        return heads
+
+    concrete = call.get_concrete_function(*specs)
+    graph: Any = concrete.graph
+    by_handle = {id(host.handle(v)): n for n, v in enumerate(weights.variables)}
+    handles, constants = {}, {}
+    for outer, inner in host.captures(graph):
+        if id(outer) in by_handle:
+            handles[inner.name] = by_handle[id(outer)]
+        else:
+            constants[inner.name] = outer
+    reads = {
+        op.outputs[0].name: handles[op.inputs[0].name]
+        for op in graph.get_operations()
+        if op.type == "ReadVariableOp" and op.inputs[0].name in handles
+    }
+    return Program(
+        graph=graph,
+        inputs=tuple(t.name for t in concrete.inputs[: len(specs)]),
+        heads=_head_tensors(concrete, graph),
+        taps={
+            name: [t.name if t.graph is graph else "" for t in calls]
+            for name, calls in taps.items()
+        },
+        handles=handles,
+        reads=reads,
+        constants=constants,
+        weights=weights,
+    )
+
+
+def _head_tensors(concrete: Any, graph: Any) -> dict[str, str]:
+    """Return each head's tensor by name; tf.function gives back a copy behind an Identity."""
+    return {
+        name: graph.get_tensor_by_name(tensor.name).name
+        for name, tensor in concrete.structured_outputs.items()
+    }
