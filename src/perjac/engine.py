@@ -54,7 +54,7 @@ class _Traced:
         self.flow = sites.flow(program)
         self.checked: set[str] = set()  # heads whose shapes show no meeting
         self.probed: set[str] = set()  # heads for which the probe has run
-        self.displaced: frozenset[str] = frozenset()
+        self.order = independence.Order()
         self.jobs: dict[tuple, Any] = {}
 
     @property
@@ -386,14 +386,14 @@ class Engine:
         needed = sites.upstream(program, [head])
         places = [program.graph.get_operation_by_name(s.operation) for s in traced.flow.sites]
         watched += [op.outputs[0].name for op in places if op.name in needed]
-        verdict = independence.probe(program, traced.flow, head, watched, batch.tensors)
-        astray = [s.key for s in sources if s.tensor in verdict.displaced]
+        order = independence.probe(program, traced.flow, head, watched, batch.tensors)
+        astray = [s.key for s in sources if s.tensor in order.inner | order.mixed]
         if astray:
             raise InputError(
                 f"The output of layer {astray[0]!r} does not keep the examples apart along its "
                 "first axis, so a derivative with respect to it cannot be given per example."
             )
-        traced.displaced |= verdict.displaced
+        traced.order |= order
         traced.probed |= {head, *watched}
 
     def _check_shapes(self, traced: _Traced, head: str) -> None:
@@ -404,10 +404,10 @@ class Engine:
     def _decisions(
         self, traced: _Traced, head: str, weights: Sequence[Source], count: int
     ) -> list[Decision]:
-        key = ("decisions", head, tuple(weights), count, traced.displaced)
+        key = ("decisions", head, tuple(weights), count, traced.order)
         if key not in traced.jobs:
             traced.jobs[key] = decide(
-                traced.program, traced.flow, head, weights, count, self._path, traced.displaced
+                traced.program, traced.flow, head, weights, count, self._path, traced.order
             )
         return traced.jobs[key]
 
@@ -462,9 +462,11 @@ class Engine:
         chunk: int,
     ) -> Job:
         wanted = tuple(d.source.key for d in decisions), tuple(s.key for s in tensors)
-        key = ("job", head, wanted, signature, chunk)
+        key = ("job", head, wanted, signature, chunk, traced.order)
         if key not in traced.jobs:
-            traced.jobs[key] = Job(traced.program, head, decisions, tensors, *signature, chunk)
+            traced.jobs[key] = Job(
+                traced.program, head, decisions, tensors, *signature, chunk, traced.order
+            )
         return traced.jobs[key]
 
     def _tape(self, traced: _Traced, of: Any, sources: Sequence[Source], kind: str) -> Tape:
@@ -556,27 +558,27 @@ def _activation(program: tracing.Program, activation: Activation) -> Source:
             f"The output of layer {activation.layer!r} is of type {tensor.dtype.name}: there is "
             "no derivative with respect to integers."
         )
-    shape = program.shapes[name]
-    if not shape or shape[0] != 1 or None in shape or tensor.shape[0] is not None:
+    extent = program.extents.get(name)
+    if extent is None or extent.fold != 1:
         raise InputError(
             f"The output of layer {activation.layer!r} has no batch axis in front, so a "
             "derivative with respect to it cannot be given per example."
         )
     key = activation.layer if activation.call is None else f"{activation.layer}:{activation.call}"
-    return Source("activation", key, tuple(shape[1:]), tensor.dtype, tensor=name)  # type: ignore
+    return Source("activation", key, extent.rest, tensor.dtype, tensor=name)
 
 
 def _row_shape(traced: _Traced, head: str) -> tuple[int, ...]:
     """Return the output's shape for one example."""
     program = traced.program
-    shape = program.shapes[head] if head in program.shapes else None
-    traced_shape = program.graph.get_tensor_by_name(head).shape
-    if not shape or None in shape or shape[0] != 1 or traced_shape[0] is not None:
+    extent = program.extents.get(head)
+    if extent is None or extent.fold != 1:
+        shape = program.graph.get_tensor_by_name(head).shape
         raise InputError(
-            f"The output {head!r} has shape {traced_shape}. Expected one row for each example, "
-            "with all other axes known."
+            f"The output {head!r} has shape {shape}. Expected one row for each example, with all "
+            "other axes known."
         )
-    return tuple(shape[1:])  # type: ignore[return-value]
+    return extent.rest
 
 
 def _finder(program: tracing.Program, name: str) -> Callable[..., tf.Tensor]:

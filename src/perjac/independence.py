@@ -18,20 +18,22 @@ from perjac.trace import Program
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What a probe found.
+class Order:
+    """How examples lie along the tensors' first axes, where it is not one after another.
 
     Attributes
     ----------
-    decided : bool
-        False where the model is random, so that two runs cannot be compared.
-    displaced : frozenset of str
-        Tensors whose rows are not in the order of the examples, though the examples stay apart
-        (time-major layouts, for one).
+    inner : frozenset of str
+        Tensors (F·B, ...) in which the examples run fastest.
+    mixed : frozenset of str
+        Tensors in which they lie in some other way.
     """
 
-    decided: bool
-    displaced: frozenset[str]
+    inner: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
+
+    def __or__(self, other: Order) -> Order:
+        return Order(self.inner | other.inner, self.mixed | other.mixed)
 
 
 def check_shapes(program: Program, flow: Flow, head: str) -> None:
@@ -66,7 +68,7 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
 
 def probe(
     program: Program, flow: Flow, head: str, watched: Sequence[str], inputs: Sequence[tf.Tensor]
-) -> Verdict:
+) -> Order:
     """Run two examples, change one, and see whether the other's numbers move.
 
     Parameters
@@ -82,7 +84,9 @@ def probe(
 
     Returns
     -------
-    Verdict
+    Order
+        Of the tensors watched. Where the model is random, two runs cannot be compared, and
+        nothing is found out.
 
     Raises
     ------
@@ -93,11 +97,13 @@ def probe(
     pair = _two_different(inputs)
     runs = _runs(program, watched, pair)
     if not all(_same(a, b) for a, b in zip(runs[0][:1], runs[3][:1], strict=True)):
-        return Verdict(False, frozenset())
-    moved = [name for n, name in enumerate(watched) if _leaks([run[n] for run in runs[:3]])]
-    if head in moved:
+        return Order()
+    found = {name: [run[n] for run in runs[:3]] for n, name in enumerate(watched)}
+    astray = [name for name, tensors in found.items() if _leaks(tensors)]
+    if head in astray:
         raise _meeting(*_first_leak(program, flow, head, pair))
-    return Verdict(True, frozenset(moved))
+    inner = {name for name in astray if not _leaks([_regrouped(t) for t in found[name]])}
+    return Order(frozenset(inner), frozenset(astray) - inner)
 
 
 def _runs(program: Program, names: Sequence[str], pair: Sequence[np.ndarray]) -> list[list]:
@@ -119,6 +125,14 @@ def _leaks(runs: Sequence[np.ndarray]) -> bool:
         return True
     half = len(both) // 2
     return not (_same(both[:half], first[:half]) and _same(both[half:], second[half:]))
+
+
+def _regrouped(tensor: np.ndarray) -> np.ndarray:
+    """Put the two examples of (F·2, ...) one after the other: (2·F, ...)."""
+    if tensor.ndim == 0 or len(tensor) % 2:
+        return tensor
+    split = tensor.reshape(-1, 2, *tensor.shape[1:])
+    return split.swapaxes(0, 1).reshape(tensor.shape)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

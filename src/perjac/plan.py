@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from perjac import host, rules
 from perjac.errors import PathError
+from perjac.independence import Order
 from perjac.factors import Explicit, Factor, Zero, combine
 from perjac.layout import Relabelling
 from perjac.seeds import row
@@ -66,7 +67,7 @@ def decide(
     weights: Sequence[Source],
     count: int,
     path: str = "auto",
-    displaced: frozenset[str] = frozenset(),
+    order: Order = Order(),
 ) -> list[Decision]:
     """Return how each weight goes.
 
@@ -82,8 +83,8 @@ def decide(
         K.
     path : str
         "auto", "factored" or "tape".
-    displaced : frozenset of str
-        Tensors in which examples are not contiguous, found by the probe.
+    order : Order
+        How examples lie in the tensors, as far as the probe has found.
 
     Raises
     ------
@@ -93,7 +94,7 @@ def decide(
     needed = upstream(program, [head])
     asked = {source.index for source in weights}
     live = [s for s in flow.sites if s.operation in needed and s.variables & asked]
-    found = {} if path == "tape" else _rehearse(program, live, count, displaced)
+    found = {} if path == "tape" else _rehearse(program, live, count, order)
     decisions = []
     for source in weights:
         mine = tuple(s for s in live if source.index in s.variables)
@@ -142,7 +143,7 @@ def describe(factor: Factor, site: Site) -> str:
 
 
 def _rehearse(
-    program: Program, sites: Sequence[Site], count: int, displaced: frozenset[str]
+    program: Program, sites: Sequence[Site], count: int, order: Order
 ) -> dict[Site, Factor | str]:
     """Try each site's rule on placeholders: its factor, or the reason why there is none."""
     found: dict[Site, Factor | str] = {}
@@ -152,12 +153,8 @@ def _rehearse(
         batch = tf.shape(inputs[0])[0]
         ops = program.replay(inputs, {}, [site.operation for site in sites])
         for site in sites:
-            name = program.graph.get_operation_by_name(site.operation).outputs[0].name
-            if name in displaced:
-                found[site] = "its rows are not in the order of the examples"
-                continue
             try:
-                bound = _bind(program, site, ops[site.operation], batch)
+                bound = _bind(program, site, ops[site.operation], batch, order)
                 shape = [None, count, bound.fold, *bound.output.shape[1:]]
                 delta = tf.compat.v1.placeholder(bound.output.dtype, shape)
                 found[site] = rules.apply(bound, delta).compact()
@@ -168,21 +165,29 @@ def _rehearse(
     return found
 
 
-def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor) -> rules.BoundSite:
+def _bind(
+    program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order
+) -> rules.BoundSite:
     """Bind a site to an operation of the graph being built, or raise NoRule."""
     if site.type not in rules.RULES:
         raise rules.NoRule(f"no rule for {site.type}")
-    traced = program.graph.get_operation_by_name(site.operation).outputs[0]
-    alone = program.shapes.get(traced.name)  # its shape when the batch is one example
-    if alone is None or not alone or alone[0] is None or traced.shape[0] is not None:
-        raise rules.NoRule("its result has no batch axis in front")
+    traced = program.graph.get_operation_by_name(site.operation)
+    name = traced.outputs[0].name
+    if name not in program.extents:
+        raise rules.NoRule("its result has no batch axis in front, or an unknown one behind")
+    if name in order.mixed:
+        raise rules.NoRule("its rows are not in the order of the examples")
+    for tensor, known in zip([*op.inputs, *op.outputs], [*traced.inputs, *traced.outputs], strict=True):
+        if known.name in program.extents:
+            tensor.set_shape([None, *program.extents[known.name].rest])
     layout = site.layout
     if layout is None:
         shape = op.inputs[site.operand].shape
         if not shape.is_fully_defined():
             raise rules.NoRule("the shape of its parametrisation is unknown")
         layout = Relabelling.of(shape)
-    return rules.BoundSite(op, site.operand, layout, alone[0], batch)
+    fold = program.extents[name].fold
+    return rules.BoundSite(op, site.operand, layout, fold, batch, name in order.inner)
 
 
 class Job:
@@ -202,6 +207,8 @@ class Job:
         The seeds.
     chunk : int
         Rows swept together.
+    order : Order
+        How examples lie in the tensors.
     """
 
     def __init__(
@@ -213,7 +220,9 @@ class Job:
         kind: str,
         count: int,
         chunk: int,
+        order: Order,
     ):
+        self._order = order
         self._program, self._head, self._tensors = program, head, dict(tensors)
         self._kind, self._count, self._chunk = kind, count, chunk
         self._wanted = {d.source.index: d.source for d in decisions}
@@ -222,11 +231,12 @@ class Job:
 
     def _signature(self) -> list:
         program, output = self._program, self._program.graph.get_tensor_by_name(self._head)
+        rest = program.extents[self._head].rest
         payload = {
             "all": tf.TensorSpec([0], tf.int32),
             "chosen": tf.TensorSpec([self._count], tf.int32),
             "each": tf.TensorSpec([None], tf.int32),
-            "cotangents": tf.TensorSpec([None, self._count, *output.shape[1:]], output.dtype),
+            "cotangents": tf.TensorSpec([None, self._count, *rest], output.dtype),
         }[self._kind]
         return [program.specs, payload]
 
@@ -240,15 +250,17 @@ class Job:
         names = [self._head, *(s.operation for s in self._sites), *self._tensors.values()]
         found = program.replay(inputs, values, names)
         output, batch = found[self._head], tf.shape(inputs[0])[0]
-        bound = [_bind(program, s, found[s.operation], batch) for s in self._sites]
+        output.set_shape([None, *program.extents[self._head].rest])
+        bound = [
+            _bind(program, s, found[s.operation], batch, self._order) for s in self._sites
+        ]
         targets = [found[name] for name in self._tensors.values()]
         swept: list[Any] = []
         if targets or bound:
             swept = cotangents(
                 output,
                 targets + [site.output for site in bound],
-                [1] * len(targets) + [site.fold for site in bound],
-                batch,
+                [lambda g: tf.expand_dims(g, 1)] * len(targets) + [site.unfold for site in bound],
                 lambda k: row(self._kind, payload, k, output),
                 self._count,
                 self._chunk,

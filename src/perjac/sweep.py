@@ -10,16 +10,13 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from perjac.batching import unfold
-
 Row = Callable[[object], tf.Tensor]
 
 
 def cotangents(
     output: tf.Tensor,
     targets: Sequence[tf.Tensor],
-    folds: Sequence[int],
-    batch: tf.Tensor,
+    unfolds: Sequence[Callable[[tf.Tensor], tf.Tensor]],
     row: Row,
     count: int,
     chunk: int,
@@ -32,10 +29,8 @@ def cotangents(
         (B, *output_shape), in the graph being built.
     targets : sequence of tf.Tensor
         Tensors of the same graph, each (B·F, ...).
-    folds : sequence of int
-        F of each target: the positions folded into its batch axis.
-    batch : tf.Tensor
-        B.
+    unfolds : sequence of callable
+        How each target's batch axis is folded out, (B·F, ...) to (B, F, ...).
     row : callable
         k → the cotangent of the output, (B, *output_shape); k is a number or a scalar tensor.
     count : int
@@ -53,8 +48,8 @@ def cotangents(
     def sweep(k: object) -> list[tf.Tensor | None]:
         swept = tf.gradients(output, list(targets), grad_ys=row(k))
         return [
-            None if g is None else unfold(tf.convert_to_tensor(g), batch, fold)
-            for g, fold in zip(swept, folds, strict=True)
+            None if g is None else unfold(tf.convert_to_tensor(g))
+            for g, unfold in zip(swept, unfolds, strict=True)
         ]
 
     if chunk <= 1:

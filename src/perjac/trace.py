@@ -17,6 +17,7 @@ from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.sources import Activation, Weights
 
 Taps = dict[str, list[tf.Tensor]]
+Dims = tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,14 @@ class Callee:
         if len(names) != len(flat) or len(set(names)) != len(flat):
             names = [f"output_{n}" for n in range(len(flat))] if len(flat) > 1 else ["output"]
         return dict(zip(names, flat, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """A tensor's shape, (B·fold, *rest): `fold` positions are folded into the batch axis."""
+
+    fold: int
+    rest: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,21 +191,52 @@ class Program:
         return import_program(self.graph_def, feed, names)
 
     @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int | None, ...] | None]:
-        """Every tensor's shape when the batch is one example, as far as inference can tell."""
+    def extents(self) -> dict[str, Extent]:
+        """The extent of every tensor that has the batch in front, all other axes known."""
+        two, three = self._shapes(2), self._shapes(3)
+        traced = {
+            t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs
+        }
+        found = {name: _extent(dims, two[name], three[name]) for name, dims in traced.items()}
+        return {name: extent for name, extent in found.items() if extent is not None}
+
+    def _shapes(self, batch: int) -> dict[str, Dims | None]:
+        """Every tensor's shape for a batch of this size, as far as inference can tell."""
         names = [t.name for op in self.graph.get_operations() for t in op.outputs]
-        found: dict[str, tuple[int | None, ...] | None] = {}
+        found: dict[str, Dims | None] = {}
 
         @tf.function(autograph=False)
-        def one_example(*inputs):
-            for name, tensor in self.replay(inputs, {}, names).items():
-                known = tensor.shape.rank is not None
-                found[name] = tuple(tensor.shape.as_list()) if known else None
+        def inferred(*inputs):
+            tensors = self.replay(inputs, {}, names)
+            found.update({name: _dims(tensor) for name, tensor in tensors.items()})
 
-        one_example.get_concrete_function(
-            *[tf.TensorSpec([1, *spec.shape[1:]], spec.dtype) for spec in self.specs]
+        inferred.get_concrete_function(
+            *[tf.TensorSpec([batch, *spec.shape[1:]], spec.dtype) for spec in self.specs]
         )
         return found
+
+
+def _dims(tensor: Any) -> Dims | None:
+    return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
+
+
+def _extent(traced: Dims | None, two: Dims | None, three: Dims | None) -> Extent | None:
+    """Return a tensor's extent from its shape with the batch unknown, two, and three."""
+    if traced is None:
+        traced = None if two is None else (None,) * len(two)
+    if not traced or traced[0] is not None:
+        return None
+    two, three = two or traced, three or traced
+    rest = tuple(
+        known if known is not None else (a if a == b else None)
+        for known, a, b in zip(traced[1:], two[1:], three[1:], strict=True)
+    )
+    if None in rest:
+        return None
+    if two[0] is None or three[0] is None:  # a loop's result, say: taken to be the batch alone,
+        return Extent(1, rest)  # which the probe on the data confirms or not
+    fold = two[0] // 2
+    return Extent(fold, rest) if (two[0], three[0]) == (2 * fold, 3 * fold) else None
 
 
 def import_program(

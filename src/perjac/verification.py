@@ -100,7 +100,7 @@ def verify(
     Verification
     """
     output = program.graph.get_tensor_by_name(head)
-    total = int(np.prod(program.shapes[head]))  # of one example
+    total = int(np.prod(program.extents[head].rest))
     rows = _evenly(total, _ROWS)
     examples = list(range(min(batch.size, _EXAMPLES)))
     few = [t[: len(examples)] for t in batch.tensors]

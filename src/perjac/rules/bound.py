@@ -35,6 +35,8 @@ class BoundSite:
         F, positions folded into the batch axis.
     batch : tf.Tensor
         B, a scalar int32.
+    inner : bool
+        Whether the examples run fastest along the folded axis, instead of slowest.
     """
 
     op: Any
@@ -42,6 +44,7 @@ class BoundSite:
     layout: Relabelling
     fold: int
     batch: tf.Tensor
+    inner: bool = False
 
     @property
     def weight(self) -> tf.Tensor:
@@ -55,7 +58,18 @@ class BoundSite:
 
     def data(self, operand: int) -> tf.Tensor:
         """Return a data operand with the batch folded out, (B, F, ...)."""
-        return unfold(self.op.inputs[operand], self.batch, self.fold)
+        return self.unfold(self.op.inputs[operand])
+
+    def stacked(self, operand: int) -> tf.Tensor:
+        """Return a data operand as (B·F, ...), the examples one after another."""
+        if not self.inner:
+            return self.op.inputs[operand]
+        split = self.data(operand)
+        return tf.reshape(split, tf.concat([[-1], tf.shape(split)[2:]], 0))
+
+    def unfold(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Fold the batch out of a tensor that has it like the operation's result."""
+        return unfold(tensor, self.batch, self.fold, self.inner)
 
     def attr(self, name: str) -> Any:
         """Return an attribute of the operation, text as str."""

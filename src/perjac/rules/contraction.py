@@ -66,7 +66,7 @@ def contract(site: BoundSite, delta: tf.Tensor, data: str, weight: str, out: str
     """
     if any(len(set(term)) < len(term) for term in (data, weight, out)):
         raise NoRule(f"an axis repeats in {data},{weight}->{out}")
-    x, psi = site.op.inputs[1 - site.operand], site.weight
+    x, psi = site.stacked(1 - site.operand), site.weight
     if not psi.shape.is_fully_defined() or not x.shape[1:].is_fully_defined():
         raise NoRule("an operand has an unknown axis other than the batch")
     # Axes of length 1 that broadcast against a longer one belong to the other operand alone.

@@ -84,7 +84,7 @@ def _only_kernel(site: BoundSite) -> None:
 
 def _channels_last(site: BoundSite, delta: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[int]]:
     """Return x, δ and the output's spatial size with the channels as the last axis."""
-    x, out = site.op.inputs[0], site.output.shape[1:].as_list()
+    x, out = site.stacked(0), site.output.shape[1:].as_list()
     if site.attr("data_format") == "NHWC":
         return x, delta, out[:-1]
     return tf.transpose(x, [0, 2, 3, 1]), tf.transpose(delta, [0, 1, 2, 4, 5, 3]), out[1:]

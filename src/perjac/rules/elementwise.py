@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from perjac.batching import unfold
 from perjac.factors import Explicit, Factor
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
@@ -42,7 +41,7 @@ def divide(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y = W / x, so J = δ / x; or y = x / W, so J = -δ ∘ y / W."""
     if site.operand == 0:
         return _reduced(site, delta / _beside(site, 1, delta))
-    result = tf.expand_dims(unfold(site.output, site.batch, site.fold), 1)
+    result = tf.expand_dims(site.unfold(site.output), 1)
     return _reduced(site, -delta * result / site.weight)
 
 
@@ -58,7 +57,7 @@ def entrywise(site: BoundSite, delta: tf.Tensor) -> Factor:
     partial = tf.gradients(result, spread)[0]
     if partial is None:
         raise NoRule("it has no derivative")
-    return _reduced(site, delta * tf.expand_dims(unfold(partial, site.batch, site.fold), 1))
+    return _reduced(site, delta * tf.expand_dims(site.unfold(partial), 1))
 
 
 def _reduced(site: BoundSite, delta: tf.Tensor, shape: list[int] | None = None) -> Factor:

@@ -17,7 +17,7 @@ def gather(site: BoundSite, delta: tf.Tensor) -> Factor:
     if site.op.type == "GatherV2" and tf.get_static_value(site.op.inputs[2]) != 0:
         raise NoRule("the rows are not looked up along the table's first axis")
     table, width = site.layout.target[0], tf.TensorShape(site.layout.target[1:]).num_elements()
-    ids = site.op.inputs[1]
+    ids = site.stacked(1)
     if ids.shape.rank == 0 or not ids.shape[1:].is_fully_defined():
         raise NoRule("the number of look-ups for one example is unknown")
     positions = site.fold * ids.shape[1:].num_elements()
