@@ -22,11 +22,11 @@ from perjac.errors import (
     UnknownNameError,
     nearest,
 )
-from perjac.factors import Explicit
+from perjac.factors import Explicit, join_rows
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
 from perjac.layout import Relabelling
-from perjac.plan import Decision, Job, chunk_of, decide, zero
+from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
 from perjac.sources import (
     Activation,
     Source,
@@ -36,7 +36,7 @@ from perjac.sources import (
     match,
     weights_of,
 )
-from perjac.tape import LOOPS, Tape
+from perjac.tape import Tape
 from perjac.verification import Verification, verify
 
 _OPTIONS = {
@@ -56,12 +56,6 @@ class _Traced:
         self.probed: set[str] = set()  # heads for which the probe has run
         self.order = independence.Order()
         self.jobs: dict[tuple, Any] = {}
-
-    @property
-    def loops(self) -> str:
-        """The name of a loop in the graph, or nothing."""
-        found = (op for op in self.program.graph.get_operations() if op.type in LOOPS)
-        return next((op.name for op in found), "")
 
 
 class Engine:
@@ -431,9 +425,9 @@ class Engine:
         if self._path == "tape":
             taped, others = list(sources), {}
         factored = tuple(d for d in decisions if d.path == "factored")
-        chunk = chunk_of(traced.program, head, chosen.count, batch.size)
-        job = self._job(traced, head, factored, others, chosen.signature, chunk)
-        result, factors, fine, fine_variables = job.run(batch.tensors, chosen.payload)
+        result, factors, fine, fine_variables = self._sweep(
+            traced, head, factored, others, batch, chosen
+        )
         batch.check_finite(fine.numpy())
         self._check_weights(fine_variables.numpy())
         if taped:
@@ -451,6 +445,24 @@ class Engine:
             s.key: factors[s.key] if s.key in factors else zero(s, batch.size, chosen.count)
             for s in sources
         }
+
+    def _sweep(
+        self,
+        traced: _Traced,
+        head: str,
+        decisions: Sequence[Decision],
+        tensors: dict[Source, str],
+        batch: inputs.Batch,
+        chosen: seeds.Seeds,
+    ) -> tuple:
+        """Run the job, over blocks of rows where they cannot all be compiled into one."""
+        answers = []
+        for block in chosen.blocks(rows_at_once(traced.program, chosen.count)):
+            chunk = chunk_of(traced.program, head, block.count, batch.size)
+            job = self._job(traced, head, decisions, tensors, block.signature, chunk)
+            answers.append(job.run(batch.tensors, block.payload))
+        result, _, *fine = answers[0]
+        return result, join_rows([factors for _, factors, *_ in answers]), *fine
 
     def _job(
         self,
@@ -482,8 +494,8 @@ class Engine:
                 self._weights.variables,
                 sources,
                 kind,
-                vectorise=not traced.loops,
-                reason=f"pfor does not convert the loop {traced.loops!r}" if traced.loops else "",
+                vectorise=not program.stubborn,
+                reason=program.stubborn,
             )
         return traced.jobs[key]
 

@@ -7,7 +7,7 @@ B examples, K rows, T positions, I and O the two sides of a weight, G groups, D 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -381,6 +381,24 @@ def combine(factors: Sequence[Factor]) -> Factor:
     if len(merged) == 1:
         return merged[0]
     return Sum(Relabelling.of(merged[0].layout.shape), tuple(merged))
+
+
+def join_rows(answers: Sequence[Mapping[str, Factor]]) -> dict[str, Factor]:
+    """Return factors with the rows of all the answers, one after another along K."""
+    first = answers[0]
+    if len(answers) == 1:
+        return dict(first)
+    return {key: _join([answer[key] for answer in answers]) for key in first}
+
+
+def _join(factors: Sequence[Any]) -> Factor:
+    first = factors[0]
+    if isinstance(first, Sum):
+        parts = zip(*(factor.parts for factor in factors), strict=True)
+        return dataclasses.replace(first, parts=tuple(_join(part) for part in parts))
+    name = "jacobian" if isinstance(first, Explicit) else "delta"
+    rows = tf.concat([getattr(factor, name) for factor in factors], 1)
+    return dataclasses.replace(first, **{name: rows})
 
 
 def _merge(factors: list[Factor]) -> Factor:

@@ -33,6 +33,25 @@ def capture(graph: Any, tensor: tf.Tensor) -> tf.Tensor:
     return graph.capture(tensor) if hasattr(graph, "capture") else tensor
 
 
+# Operations that call a function of the graph.
+CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+
+
+def carry_gradient(traced: Any, imported: Any) -> None:
+    """Let an imported call be differentiated like the traced one.
+
+    A call's gradient is a Python function kept on the operation (`Operation._gradient_function`,
+    since TensorFlow 2.2), which a GraphDef does not hold; without it TensorFlow falls back to a
+    SymbolicGradient that does not run.
+    """
+    imported._gradient_function = traced._gradient_function
+
+
+def is_marked_for_xla(op: Any) -> bool:
+    """Tell whether a call must be compiled (`_XlaMustCompile`, of `jit_compile=True`)."""
+    return bool(op.node_def.attr["_XlaMustCompile"].b)
+
+
 def tf_variable(variable: Any) -> tf.Variable:
     """Return the `tf.Variable` behind a Keras or TensorFlow variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable

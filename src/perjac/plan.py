@@ -28,6 +28,8 @@ from perjac.trace import Program
 # pfor on a small CNN), slow to trace (7.5 s against 2.5 for ten rows of ResNet50). Above this many
 # operations in all, rows are vectorised.
 _UNROLLED_OPERATIONS = 2500
+# Rows that one job unrolls in a graph that pfor cannot go through; more run the job again.
+_UNROLLED_ROWS = 16
 # Rows · examples that a vectorised sweep takes at a time, for memory's sake.
 _ROWS_TOGETHER = 256
 
@@ -165,9 +167,7 @@ def _rehearse(
     return found
 
 
-def _bind(
-    program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order
-) -> rules.BoundSite:
+def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order) -> rules.BoundSite:
     """Bind a site to an operation of the graph being built, or raise NoRule."""
     if site.type not in rules.RULES:
         raise rules.NoRule(f"no rule for {site.type}")
@@ -177,7 +177,9 @@ def _bind(
         raise rules.NoRule("its result has no batch axis in front, or an unknown one behind")
     if name in order.mixed:
         raise rules.NoRule("its rows are not in the order of the examples")
-    for tensor, known in zip([*op.inputs, *op.outputs], [*traced.inputs, *traced.outputs], strict=True):
+    for tensor, known in zip(
+        [*op.inputs, *op.outputs], [*traced.inputs, *traced.outputs], strict=True
+    ):
         if known.name in program.extents:
             tensor.set_shape([None, *program.extents[known.name].rest])
     layout = site.layout
@@ -251,9 +253,7 @@ class Job:
         found = program.replay(inputs, values, names)
         output, batch = found[self._head], tf.shape(inputs[0])[0]
         output.set_shape([None, *program.extents[self._head].rest])
-        bound = [
-            _bind(program, s, found[s.operation], batch, self._order) for s in self._sites
-        ]
+        bound = [_bind(program, s, found[s.operation], batch, self._order) for s in self._sites]
         targets = [found[name] for name in self._tensors.values()]
         swept: list[Any] = []
         if targets or bound:
@@ -327,10 +327,15 @@ def _finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.stack(flags) if flags else tf.zeros([0], tf.bool)
 
 
+def rows_at_once(program: Program, count: int) -> int:
+    """Return how many rows one job takes: all, or few where they have to be unrolled."""
+    return min(count, _UNROLLED_ROWS) if program.stubborn else count
+
+
 def chunk_of(program: Program, head: str, count: int, batch: int) -> int:
     """Return how many rows to sweep together: 1 to unroll them one after another."""
     operations = len(upstream(program, [head]))
-    if count == 1 or count * operations <= _UNROLLED_OPERATIONS:
+    if count == 1 or program.stubborn or count * operations <= _UNROLLED_OPERATIONS:
         return 1
     together = _ROWS_TOGETHER // max(batch, 1)
     return min(count, 2 ** max(3, math.floor(math.log2(max(together, 1)))))

@@ -25,10 +25,21 @@ def raised(graph_def: Any) -> Any:
         for argument in [*function.signature.input_arg, *function.signature.output_arg]:
             if argument.type in _NARROW:
                 argument.type = types_pb2.DT_DOUBLE
+    # Functions under their old names would clash with the originals, which the caller's graph has.
+    renamed = {f.signature.name: f"{f.signature.name}_raised" for f in copy.library.function}
+    for function in copy.library.function:
+        function.signature.name = renamed[function.signature.name]
     for node in nodes:
+        node.op = renamed.get(node.op, node.op)
         for value in node.attr.values():
             _raise_attribute(value)
+            for called in [value.func, *value.list.func] if _calls(value) else []:
+                called.name = renamed.get(called.name, called.name)
     return copy
+
+
+def _calls(value: Any) -> bool:
+    return value.WhichOneof("value") == "func" or bool(value.list.func)
 
 
 def _raise_attribute(value: Any) -> None:

@@ -44,11 +44,17 @@ class Seeds:
         """What a compiled job depends on."""
         return self.kind, self.count
 
-    def part(self, examples: slice) -> Seeds:
-        """Return the seeds of some of the examples."""
-        if self.kind in ("all", "chosen"):
-            return self
-        return dataclasses.replace(self, payload=self.payload[examples])
+    def blocks(self, size: int) -> list[Seeds]:
+        """Return the rows in blocks of at most `size`."""
+        if self.count <= size:
+            return [self]
+        payload = tf.range(self.count) if self.kind == "all" else self.payload
+        kind = "chosen" if self.kind == "all" else self.kind
+        axis = 1 if kind == "cotangents" else 0
+        sizes = [size] * (self.count // size) + [self.count % size] * (self.count % size > 0)
+        return [
+            Seeds(kind, (int(part.shape[axis]),), part) for part in tf.split(payload, sizes, axis)
+        ]
 
 
 def row(kind: str, payload: tf.Tensor, k: Any, output: tf.Tensor) -> tf.Tensor:

@@ -18,9 +18,6 @@ from perjac.seeds import Seeds, select
 from perjac.sources import Source
 from perjac.trace import Callee
 
-# pfor does not convert these, and prints thousands of lines before it gives up.
-LOOPS = {"While", "StatelessWhile"}
-
 
 class Tape:
     """The tape path for one choice of output and sources.

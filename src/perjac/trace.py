@@ -17,6 +17,10 @@ from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.sources import Activation, Weights
 
 Taps = dict[str, list[tf.Tensor]]
+# pfor does not convert these, and prints thousands of lines before it gives up. Calls marked for XLA
+# are Keras's grouped convolutions, which it converts wrongly: the kernel's gradient is silently off
+# in float32, and the picture's fails.
+_LOOPS = {"While", "StatelessWhile"}
 Dims = tuple[int | None, ...]
 
 
@@ -188,15 +192,27 @@ class Program:
         for name, number in self.handles.items():
             feed[name] = host.capture(graph, host.handle(variables[number]))
         feed |= {name: values[n] for name, n in self.reads.items() if n in values}
-        return import_program(self.graph_def, feed, names)
+        calls = [op.name for op in self.graph.get_operations() if op.type in host.CALLS]
+        found = import_program(self.graph_def, feed, [*names, *calls])
+        for name in calls:
+            host.carry_gradient(self.graph.get_operation_by_name(name), found[name])
+        return {name: found[name] for name in names}
+
+    @functools.cached_property
+    def stubborn(self) -> str:
+        """Why pfor must not go through this graph, or nothing where it may."""
+        for op in self.graph.get_operations():
+            if op.type in _LOOPS:
+                return f"pfor does not convert the loop {op.name!r}"
+            if op.type in host.CALLS and host.is_marked_for_xla(op):
+                return f"pfor cannot be trusted with {op.name!r}, which is marked for XLA"
+        return ""
 
     @functools.cached_property
     def extents(self) -> dict[str, Extent]:
         """The extent of every tensor that has the batch in front, all other axes known."""
         two, three = self._shapes(2), self._shapes(3)
-        traced = {
-            t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs
-        }
+        traced = {t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs}
         found = {name: _extent(dims, two[name], three[name]) for name, dims in traced.items()}
         return {name: extent for name, extent in found.items() if extent is not None}
 
