@@ -1,3 +1,3 @@
-"""The version, alone in a file so that the build and `--version` read it without importing TensorFlow."""
+"""The version, alone in a file: the build and `--version` read it without TensorFlow."""
 
 __version__ = "0.1.0"

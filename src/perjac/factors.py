@@ -1,12 +1,13 @@
 """Factors: Jacobian rows (B, K, *W.shape) of one weight, held without forming them.
 
-Every kind answers the same queries; only `dense` forms the rows. Factors know no operation names.
-B examples, K rows, T positions, I and O the two sides of a weight, G groups, D an embedding's width.
+Every kind answers the same queries; only `dense` forms the rows. They know no operation names.
+B examples, K rows, T positions, I and O the two sides of a weight, G groups, D a width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 from perjac.layout import Relabelling
 from perjac.patches import Patches
+from perjac.shapes import size
 
 # Above so many entries for one example, rows that are only an intermediate are formed example by
 # example: a big layer's rows for a whole batch would be larger than the answer by orders.
@@ -72,7 +74,7 @@ class Factor:
     def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
         """Return Σ_bk u[b,k] J[b,k], of the weight's shape; (B, *W.shape) if `per_example`."""
         rows = self.rows()
-        flat = tf.reshape(rows, [*_lead(rows), _size(self.layout.target)])
+        flat = tf.reshape(rows, [*_lead(rows), size(self.layout.target)])
         if per_example:
             pulled = tf.linalg.matvec(flat, u, transpose_a=True)
         else:
@@ -85,7 +87,7 @@ class Factor:
 
     def compact(self) -> Factor:
         """Return the rows themselves where they are smaller than the factor."""
-        held, rows = self.entries, _size(self.layout.target)
+        held, rows = self.entries, size(self.layout.target)
         count = self.row_count
         if held is None or count is None or rows * count > held:
             return self
@@ -236,15 +238,14 @@ class Outer(Factor):
 
     def _each_example(self, ask: Callable[[Outer], tf.Tensor]) -> tf.Tensor:
         """Ask all examples at once, or one after another where the rows would be large."""
-        if (self.row_count or 1) * _size(self.layout.target) <= _FORM_AT_ONCE:
+        if (self.row_count or 1) * size(self.layout.target) <= _FORM_AT_ONCE:
             return ask(self)
-        spec = tf.TensorSpec(None, self.delta.dtype)
 
         def one(parts: Any) -> tf.Tensor:
             a, delta = tf.nest.map_structure(lambda t: t[None], parts)
             return ask(Outer(self.layout, a, delta))[0]
 
-        return tf.map_fn(one, (self.a, self.delta), fn_output_signature=spec)
+        return tf.map_fn(one, (self.a, self.delta), fn_output_signature=self.delta.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -428,10 +429,6 @@ def _lead(rows: tf.Tensor) -> tuple[Any, Any]:
     return rows.shape[0] or shape[0], rows.shape[1] or shape[1]
 
 
-def _size(shape: Sequence[int]) -> int:
-    return tf.TensorShape(shape).num_elements()
-
-
 def _sum_of_squares(rows: tf.Tensor) -> tf.Tensor:
     """Sum over all axes but the first two."""
     return tf.reduce_sum(tf.square(rows), list(range(2, rows.shape.rank)))
@@ -441,12 +438,8 @@ def _gram(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     """Inner products of rows: (B, K, ...) with (B', K', ...) to (B, K, B', K')."""
     entries = left.shape[2:].num_elements()
     entries = tf.reduce_prod(tf.shape(left)[2:]) if entries is None else entries
-    flat = [tf.reshape(rows, [rows_count(rows), entries]) for rows in (left, right)]
-    products = tf.matmul(*flat, transpose_b=True)
+    flat_left, flat_right = (
+        tf.reshape(rows, [math.prod(_lead(rows)), entries]) for rows in (left, right)
+    )
+    products = tf.matmul(flat_left, flat_right, transpose_b=True)
     return tf.reshape(products, [*_lead(left), *_lead(right)])
-
-
-def rows_count(rows: tf.Tensor) -> Any:
-    """B·K of a tensor (B, K, ...)."""
-    batch, count = _lead(rows)
-    return batch * count

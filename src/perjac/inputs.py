@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.errors import InputError, NotFiniteError
+from perjac.shapes import known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Batch:
     @property
     def size(self) -> int:
         """B."""
-        return int(self.tensors[0].shape[0])
+        return known(self.tensors[0].shape[:1])[0]
 
     @property
     def specs(self) -> list[tf.TensorSpec]:

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from perjac import memory
 from perjac.errors import InputError, UnknownNameError
-from perjac.factors import Factor
+from perjac.factors import Explicit, Factor
+from perjac.shapes import known
 from perjac.sources import Source, Weights, is_variable, match
 
 
@@ -56,8 +57,8 @@ class Jacobian(Mapping):
         self._sources = {source.key: source for source in sources}
         self._memory_limit = memory_limit
         self.outputs, self.row_shape = outputs, tuple(row_shape)
-        size = sum(source.size for source in sources)
-        self.shape = (int(outputs.shape[0]), math.prod(self.row_shape), size)
+        entries = sum(source.size for source in sources)
+        self.shape = (known(outputs.shape)[0], math.prod(self.row_shape), entries)
 
     def __getitem__(self, key: Any) -> tf.Tensor:
         """Form the rows of one source, (B, *row_shape, *source.shape)."""
@@ -65,7 +66,10 @@ class Jacobian(Mapping):
         batch, count, _ = self.shape
         self._check_size(source.size, source.dtype, repr(source.key))
         factor = self._factors[source.key]
-        rows = _query("dense", self._jit and factor.rank_one)({source.key: factor})[source.key]
+        if isinstance(factor, Explicit):
+            rows = factor.dense()
+        else:  # under one name: queries are compiled for kinds and shapes, not for each weight
+            rows = _query("dense", self._jit and factor.rank_one)({"": factor})[""]
         return tf.reshape(rows, [batch, *self.row_shape, *source.shape])
 
     def __iter__(self) -> Iterator[str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from perjac.shapes import size
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patches:
@@ -43,12 +45,12 @@ class Patches:
             windows = tf.image.extract_patches(self.x, sizes, strides, rates, "VALID")
         else:
             windows = tf.concat(list(self._views()), -1)
-        entries = math.prod(self.window) * self.x.shape[-1]
+        entries = math.prod(self.window) * size(self.x.shape[-1:])
         return tf.reshape(windows, [-1, self.fold * math.prod(self.output), entries])
 
     def _views(self) -> Iterator[tf.Tensor]:
         """Yield, for each window offset in C order, what it sees: (N, *output, channels)."""
-        for offset in itertools.product(*(range(size) for size in self.window)):
+        for offset in itertools.product(*(range(length) for length in self.window)):
             cut = [slice(None)]
             for place, stride, dilation, count in zip(
                 offset, self.strides, self.dilations, self.output, strict=True

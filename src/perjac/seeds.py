@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.errors import InputError, OutOfRangeError
+from perjac.shapes import known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Seeds:
         return math.prod(self.row_shape)
 
     @property
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[str, int]:
         """What a compiled job depends on."""
         return self.kind, self.count
 
@@ -53,7 +54,8 @@ class Seeds:
         axis = 1 if kind == "cotangents" else 0
         sizes = [size] * (self.count // size) + [self.count % size] * (self.count % size > 0)
         return [
-            Seeds(kind, (int(part.shape[axis]),), part) for part in tf.split(payload, sizes, axis)
+            Seeds(kind, (size,), part)
+            for size, part in zip(sizes, tf.split(payload, sizes, axis), strict=True)
         ]
 
 
@@ -149,4 +151,4 @@ def _directions(cotangents: Any, batch: int, shape: tuple[int, ...], dtype: tf.D
             f"Expected cotangents of shape (B, K, *output_shape) = ({batch}, K, "
             f"{', '.join(map(str, shape))}). Received: {tuple(u.shape)}."
         )
-    return Seeds("cotangents", (int(u.shape[1]),), u)
+    return Seeds("cotangents", known(u.shape[1:2]), u)

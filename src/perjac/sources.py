@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.errors import InputError, UnknownNameError, nearest
+from perjac.shapes import known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Weights:
         """Return variable `number` as a Source."""
         variable = host.tf_variable(self.variables[number])
         return Source(
-            "weight", self.keys[number], tuple(variable.shape), variable.dtype, index=number
+            "weight", self.keys[number], known(variable.shape), variable.dtype, index=number
         )
 
 

@@ -7,7 +7,7 @@ Where pfor cannot convert an operation, one example after another, and it says s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +15,7 @@ import tensorflow as tf
 from perjac import host
 from perjac.errors import SlowPathWarning
 from perjac.seeds import Seeds, select
+from perjac.shapes import known
 from perjac.sources import Source
 from perjac.trace import Callee
 
@@ -38,8 +39,8 @@ class Tape:
         What is differentiated against.
     kind : str
         The kind of seeds.
-    vectorise : bool
-        Whether to try pfor; if not, `reason` says why not.
+    refused : str
+        Why not to try pfor at all, or nothing.
     """
 
     def __init__(
@@ -47,35 +48,34 @@ class Tape:
         callee: Callee,
         structure: Any,
         head: Callable[..., tf.Tensor],
-        taps: dict[Source, Callable[..., tf.Tensor]],
+        taps: Mapping[Source, Callable[..., tf.Tensor]],
         variables: Sequence[Any],
         sources: Sequence[Source],
         kind: str,
-        vectorise: bool,
-        reason: str = "",
+        refused: str,
     ):
         self._callee, self._structure, self._head, self._taps = callee, structure, head, taps
         self._variables, self._sources, self._kind = variables, list(sources), kind
-        self._vectorise, self._reason = vectorise, reason
+        self._refused = refused
         self.disconnected: set[Source] = set()  # known after the first call
         self._batched = tf.function(self._all, autograph=False, reduce_retracing=True)
         self._single = tf.function(self._one, autograph=False, reduce_retracing=True)
 
     def __call__(self, inputs: Sequence[tf.Tensor], seeds: Seeds) -> list[tf.Tensor]:
         """Return each source's rows, (B, K, *shape)."""
-        batch = int(inputs[0].shape[0])
+        batch = known(inputs[0].shape[:1])[0]
         payload = seeds.payload
         if self._kind in ("all", "chosen"):  # the same for every example
             payload = tf.repeat(payload[None], batch, 0)
-        if self._vectorise:
+        if not self._refused:
             try:
                 return list(self._batched(list(inputs), payload))
             except Exception as failure:  # pfor raises whatever the converter stumbled over
-                self._vectorise, self._reason = False, _first_line(failure)
+                self._refused = _first_line(failure)
         warnings.warn(
             f"The tape path goes example by example, which is slow, for "
             f"{', '.join(s.key for s in self._sources[:5])}"
-            f"{', …' if len(self._sources) > 5 else ''}: {self._reason}",
+            f"{', …' if len(self._sources) > 5 else ''}: {self._refused}",
             SlowPathWarning,
             stacklevel=5,
         )
@@ -115,7 +115,7 @@ class Tape:
     def _tensor(self, source: Source, inputs: list[tf.Tensor], taps: Any) -> Any:
         if source.kind == "weight":
             return host.tf_variable(self._variables[source.index])
-        return inputs[source.index] if source.kind == "input" else self._taps[source](taps)
+        return inputs[source.index] if source.kind == "input" else self._taps[source]({}, taps)
 
 
 def _first_line(failure: Exception) -> str:

@@ -14,12 +14,13 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.errors import InputError, UnknownNameError, nearest
+from perjac.shapes import known
 from perjac.sources import Activation, Weights
 
 Taps = dict[str, list[tf.Tensor]]
-# pfor does not convert these, and prints thousands of lines before it gives up. Calls marked for XLA
-# are Keras's grouped convolutions, which it converts wrongly: the kernel's gradient is silently off
-# in float32, and the picture's fails.
+# pfor does not convert these, and prints thousands of lines before it gives up. Calls marked for
+# XLA are Keras's grouped convolutions, which it converts wrongly: the kernel's gradient is silently
+# off in float32, and the picture's fails.
 _LOOPS = {"While", "StatelessWhile"}
 Dims = tuple[int | None, ...]
 
@@ -249,6 +250,7 @@ def _extent(traced: Dims | None, two: Dims | None, three: Dims | None) -> Extent
     )
     if None in rest:
         return None
+    rest = known(rest)
     if two[0] is None or three[0] is None:  # a loop's result, say: taken to be the batch alone,
         return Extent(1, rest)  # which the probe on the data confirms or not
     fold = two[0] // 2

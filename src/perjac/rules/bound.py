@@ -11,8 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.batching import unfold
 from perjac.layout import Relabelling
+from perjac.shapes import unfold
 
 
 class NoRule(Exception):

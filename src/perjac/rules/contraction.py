@@ -9,6 +9,7 @@ import tensorflow as tf
 from perjac.factors import Factor, Grouped, Outer
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
+from perjac.shapes import known, size
 
 
 @rule("MatMul")
@@ -69,13 +70,14 @@ def contract(site: BoundSite, delta: tf.Tensor, data: str, weight: str, out: str
     x, psi = site.stacked(1 - site.operand), site.weight
     if not psi.shape.is_fully_defined() or not x.shape[1:].is_fully_defined():
         raise NoRule("an operand has an unknown axis other than the batch")
+    own = known(psi.shape)
     # Axes of length 1 that broadcast against a longer one belong to the other operand alone.
-    x, data = _squeeze(x, data, dict(zip(weight, psi.shape, strict=True)))
+    x, data = _squeeze(x, data, dict(zip(weight, own, strict=True)))
     layout = site.layout
     lengths = dict(zip(data, x.shape, strict=True))
     kept = [
         (c, n)
-        for c, n in zip(weight, psi.shape, strict=True)
+        for c, n in zip(weight, own, strict=True)
         if not (n == 1 and c in lengths and lengths[c] != 1)
     ]
     weight, sizes = "".join(c for c, _ in kept), dict(kept)
@@ -94,10 +96,9 @@ def contract(site: BoundSite, delta: tf.Tensor, data: str, weight: str, out: str
         x = tf.reduce_sum(x, summed)
         data = "".join(c for c in data if c in weight or c in out)
 
-    def size(axes: list[str]) -> int:
-        return tf.TensorShape([sizes[c] if c in sizes else lengths[c] for c in axes]).num_elements()
-
-    t, g, i, o = site.fold * size(places), size(groups), size(inner), size(outer)
+    lengths |= sizes
+    g, i, o = (size(lengths[c] for c in axes) for axes in (groups, inner, outer))
+    t = site.fold * size(lengths[c] for c in places)
     x = _arrange(x, data, data[0] + "".join(places + groups + inner))
     # δ is (B, K, F, *out[1:]): name the first three axes so that they stay in front.
     delta = _arrange(delta, "012" + out[1:], "012" + "".join(places + groups + outer))

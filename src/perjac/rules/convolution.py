@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -10,18 +11,21 @@ from perjac.factors import Explicit, Factor, Grouped, Outer
 from perjac.patches import Patches
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
+from perjac.shapes import known
 
 
 @rule("Conv2D")
 def convolution(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y[t] = Σ_w x[t+w] W[w], so J[w,i,o] = Σ_t x[t+w,i] δ[t,o]: an Outer over patches of x."""
     _only_kernel(site)
-    *window, inputs, outputs = site.weight.shape
+    *window, inputs, outputs = known(site.weight.shape)
     x, delta, out = _channels_last(site, delta)
-    patches = _patches(site, x, window)
+    strides, dilations = _spatial(site, "strides"), _spatial(site, "dilations")
+    x = _padded(site, x, window, strides, dilations)
+    patches = Patches(x, tuple(window), strides, dilations, tuple(out), site.fold)
     t = site.fold * math.prod(patches.output)
     count = delta.shape[1] or tf.shape(delta)[1]
-    groups = x.shape[-1] // inputs
+    groups = known(x.shape[1:])[-1] // inputs
     if groups == 1:
         layout = site.layout.reshape([math.prod(window) * inputs, outputs])
         delta = tf.reshape(delta, [site.batch, count, t, outputs])
@@ -48,16 +52,16 @@ def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
     _only_kernel(site)
     if set(site.attr("dilations")) != {1}:
         raise NoRule("a dilated depthwise convolution")
-    height, width, channels, multiplier = site.weight.shape
+    height, width, channels, multiplier = known(site.weight.shape)
     x, delta, out = _channels_last(site, delta)
     strides = _spatial(site, "strides")
-    x = _padded(site, x, (height, width), strides, (1, 1))
+    x = _padded(site, x, [height, width], strides, (1, 1))
     count = delta.shape[1] or tf.shape(delta)[1]
     maps = site.batch * count * site.fold
     # x (B·F, H, W, C) once for each row: (H, W, B, K, F, C).
     seen = tf.reshape(x, [site.batch, 1, site.fold, *x.shape[1:]])
     seen = tf.transpose(tf.repeat(seen, count, 1), [3, 4, 0, 1, 2, 5])
-    seen = tf.reshape(seen, [1, *x.shape[1:3], maps * channels])
+    seen = tf.reshape(seen, [1, *known(x.shape[1:3]), maps * channels])
     delta = tf.reshape(delta, [site.batch, count, site.fold, *out, channels * multiplier])
     delta = tf.transpose(delta, [3, 4, 0, 1, 2, 5])
     rows = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
@@ -84,7 +88,7 @@ def _only_kernel(site: BoundSite) -> None:
 
 def _channels_last(site: BoundSite, delta: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[int]]:
     """Return x, δ and the output's spatial size with the channels as the last axis."""
-    x, out = site.stacked(0), site.output.shape[1:].as_list()
+    x, out = site.stacked(0), list(known(site.output.shape[1:]))
     if site.attr("data_format") == "NHWC":
         return x, delta, out[:-1]
     return tf.transpose(x, [0, 2, 3, 1]), tf.transpose(delta, [0, 1, 2, 4, 5, 3]), out[1:]
@@ -96,14 +100,13 @@ def _spatial(site: BoundSite, name: str) -> tuple[int, int]:
     return tuple(values[1:3] if site.attr("data_format") == "NHWC" else values[2:4])  # type: ignore
 
 
-def _patches(site: BoundSite, x: tf.Tensor, window: list[int]) -> Patches:
-    strides, dilations = _spatial(site, "strides"), _spatial(site, "dilations")
-    x = _padded(site, x, window, strides, dilations)
-    output = site.output.shape[1:3] if site.attr("data_format") == "NHWC" else site.output.shape[2:]
-    return Patches(x, tuple(window), strides, dilations, tuple(output), site.fold)
-
-
-def _padded(site: BoundSite, x: tf.Tensor, window, strides, dilations) -> tf.Tensor:
+def _padded(
+    site: BoundSite,
+    x: tf.Tensor,
+    window: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> tf.Tensor:
     """Pad x (N, H, W, C) with the zeros that the operation's padding stands for."""
     padding = site.attr("padding")
     if padding == "VALID":
@@ -115,7 +118,7 @@ def _padded(site: BoundSite, x: tf.Tensor, window, strides, dilations) -> tf.Ten
     else:
         spatial = []
         for length, size, stride, dilation in zip(
-            x.shape[1:3], window, strides, dilations, strict=True
+            known(x.shape[1:3]), window, strides, dilations, strict=True
         ):
             reach = (size - 1) * dilation + 1
             total = max((-(-length // stride) - 1) * stride + reach - length, 0)

@@ -7,6 +7,7 @@ import tensorflow as tf
 from perjac.factors import Explicit, Factor
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
+from perjac.shapes import known
 
 
 @rule("Add", "AddV2", "BroadcastTo")
@@ -19,8 +20,7 @@ def add(site: BoundSite, delta: tf.Tensor) -> Factor:
 def bias_add(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y = x + b along the channels, last or (NCHW) second."""
     if site.attr("data_format") == "NCHW":
-        spatial = site.output.shape.rank - 2
-        return _reduced(site, delta, [site.weight.shape[0], *[1] * spatial])
+        return _reduced(site, delta, after=len(site.output.shape) - 2)
     return _reduced(site, delta)
 
 
@@ -60,12 +60,15 @@ def entrywise(site: BoundSite, delta: tf.Tensor) -> Factor:
     return _reduced(site, delta * tf.expand_dims(site.unfold(partial), 1))
 
 
-def _reduced(site: BoundSite, delta: tf.Tensor, shape: list[int] | None = None) -> Factor:
-    """Sum (B, K, F, *rest) over F and the axes along which W, seen as `shape`, is broadcast."""
-    own = site.weight.shape
-    if not own.is_fully_defined():
+def _reduced(site: BoundSite, delta: tf.Tensor, after: int = 0) -> Factor:
+    """Sum (B, K, F, *rest) over F and the axes along which W is broadcast.
+
+    `after` counts axes of the result that come after W's own.
+    """
+    if not site.weight.shape.is_fully_defined():
         raise NoRule("the weight's shape is unknown")
-    shape = list(own) if shape is None else shape
+    own = known(site.weight.shape)
+    shape = [*own, *[1] * after]
     rank = site.output.shape.rank
     if rank is None or len(shape) > rank or (len(shape) == rank and shape[0] != 1):
         raise NoRule("the weight has an entry of its own for each example of the batch")

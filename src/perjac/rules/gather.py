@@ -7,6 +7,7 @@ import tensorflow as tf
 from perjac.factors import Factor, Lookup
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
+from perjac.shapes import size
 
 
 @rule("GatherV2", "ResourceGather")
@@ -16,11 +17,11 @@ def gather(site: BoundSite, delta: tf.Tensor) -> Factor:
         raise NoRule("the weight is not a plain table of rows")
     if site.op.type == "GatherV2" and tf.get_static_value(site.op.inputs[2]) != 0:
         raise NoRule("the rows are not looked up along the table's first axis")
-    table, width = site.layout.target[0], tf.TensorShape(site.layout.target[1:]).num_elements()
+    table, width = site.layout.target[0], size(site.layout.target[1:])
     ids = site.stacked(1)
     if ids.shape.rank == 0 or not ids.shape[1:].is_fully_defined():
         raise NoRule("the number of look-ups for one example is unknown")
-    positions = site.fold * ids.shape[1:].num_elements()
+    positions = site.fold * size(ids.shape[1:])
     count = delta.shape[1] or tf.shape(delta)[1]
     return Lookup(
         site.layout.reshape([table, width]),

@@ -1,0 +1,41 @@
+"""Shapes: their known numbers, and positions folded out of the batch axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow as tf
+
+
+def known(shape: Iterable[Any]) -> tuple[int, ...]:
+    """Return a shape, or part of one, that must be known, as plain numbers.
+
+    Raises
+    ------
+    ValueError
+        If an axis is unknown.
+    """
+    dims = tuple(shape)
+    if None in dims:
+        raise ValueError(f"Expected a shape whose axes are all known. Received: {dims}.")
+    return tuple(int(n) for n in dims)
+
+
+def size(shape: Iterable[Any]) -> int:
+    """Return how many entries a known shape has."""
+    return math.prod(known(shape))
+
+
+def unfold(tensor: tf.Tensor, batch: Any, fold: int, inner: bool = False) -> tf.Tensor:
+    """Split the leading axis: (B·F, ...) becomes (B, F, ...).
+
+    `inner` says that the examples run fastest along that axis, (F·B, ...), as where TensorFlow
+    moves the holes of a dilated convolution into the batch, or where time comes first.
+    """
+    if fold == 1:
+        return tf.expand_dims(tensor, 1)
+    lead = [fold, batch] if inner else [batch, fold]
+    split = tf.reshape(tensor, tf.concat([lead, tf.shape(tensor)[1:]], 0))
+    return tf.transpose(split, [1, 0, *range(2, len(split.shape))]) if inner else split

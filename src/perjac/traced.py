@@ -1,0 +1,261 @@
+"""A model traced for one shape of example: its program, and everything compiled for it so far."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host, independence, memory, sites
+from perjac.errors import DisconnectedWarning, InputError, NotFiniteError
+from perjac.factors import Explicit, Factor, join_rows
+from perjac.inputs import Batch
+from perjac.layout import Relabelling
+from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
+from perjac.seeds import Seeds
+from perjac.sources import Source
+from perjac.tape import Tape
+from perjac.trace import Callee, Program
+
+
+class Traced:
+    """One shape of example. Nothing here is traced or compiled twice.
+
+    Parameters
+    ----------
+    callee : Callee
+        The model.
+    program : Program
+        Its trace.
+    structure : nested structure
+        The user's structure of inputs.
+    path : str
+        "auto", "factored" or "tape".
+    """
+
+    def __init__(self, callee: Callee, program: Program, structure: Any, path: str):
+        self.program, self._callee, self._structure, self._path = program, callee, structure, path
+        self._flow = sites.flow(program)
+        self._checked: set[str] = set()  # heads whose shapes show no meeting
+        self._probed: set[str] = set()  # tensors that the probe has watched
+        self._order = independence.Order()
+        self._made: dict[tuple, Any] = {}
+
+    def row_shape(self, head: str) -> tuple[int, ...]:
+        """Return an output's shape for one example.
+
+        Raises
+        ------
+        InputError
+            If it has no batch axis in front.
+        """
+        extent = self.program.extents.get(head)
+        if extent is None or extent.fold != 1:
+            shape = self.program.graph.get_tensor_by_name(head).shape
+            raise InputError(
+                f"The output {head!r} has shape {shape}. Expected one row for each example, with "
+                "all other axes known."
+            )
+        return extent.rest
+
+    def check_shapes(self, head: str) -> None:
+        """Raise ExamplesMeetError where the trace shows that examples influence one another."""
+        if head not in self._checked:
+            independence.check_shapes(self.program, self._flow, head)
+            self._checked.add(head)
+
+    def check_data(self, head: str, sources: Sequence[Source], batch: Batch) -> None:
+        """Probe on the data, once, whether examples influence one another.
+
+        Raises
+        ------
+        ExamplesMeetError
+            If they do.
+        InputError
+            If a source's tensor does not keep the examples apart along its first axis.
+        """
+        asked = {head, *(s.tensor for s in sources if s.tensor)}
+        if batch.size < 2 or asked <= self._probed:
+            return
+        program = self.program
+        needed = sites.upstream(program, [head])
+        places = [program.graph.get_operation_by_name(s.operation) for s in self._flow.sites]
+        watched = asked | {op.outputs[0].name for op in places if op.name in needed}
+        order = independence.probe(program, self._flow, head, sorted(watched), batch.tensors)
+        astray = [s.key for s in sources if s.tensor in order.inner | order.mixed]
+        if astray:
+            raise InputError(
+                f"The output of layer {astray[0]!r} does not keep the examples apart along its "
+                "first axis, so a derivative with respect to it cannot be given per example."
+            )
+        self._order |= order
+        self._probed |= watched
+
+    def decisions(self, head: str, weights: Sequence[Source], count: int) -> list[Decision]:
+        """Return how each weight goes, for K = count rows."""
+        return self._once(
+            ("decisions", head, tuple(weights), count, self._order),
+            lambda: decide(self.program, self._flow, head, weights, count, self._path, self._order),
+        )
+
+    def outputs(self, head: str, batch: Batch) -> tf.Tensor:
+        """Return an output, (B, *output_shape)."""
+        job = self._job(head, [], {}, ("all", 1), 1)
+        return job.run(batch.tensors, tf.zeros([0], tf.int32))[0]
+
+    def factors(
+        self,
+        head: str,
+        sources: Sequence[Source],
+        batch: Batch,
+        chosen: Seeds,
+        memory_limit: int | str | None,
+    ) -> tuple[tf.Tensor, dict[str, Factor]]:
+        """Return the output and each source's factor.
+
+        Raises
+        ------
+        TooLargeError
+            If even the factors do not fit into the memory limit.
+        NotFiniteError
+            If inputs or weights have NaN or Inf.
+
+        Warns
+        -----
+        DisconnectedWarning
+            For sources that the output does not depend on.
+        """
+        if batch.size == 0 or chosen.count == 0:
+            return self.outputs(head, batch), {
+                s.key: zero(s, batch.size, chosen.count) for s in sources
+            }
+        weights = [s for s in sources if s.kind == "weight"]
+        decisions = self.decisions(head, weights, chosen.count)
+        others = [s for s in sources if s.kind != "weight"]
+        _check_memory(decisions, others, batch.size, chosen.count, memory_limit)
+        taped = [d.source for d in decisions if d.path == "tape"]
+        if self._path == "tape":
+            taped, others = list(sources), []
+        result, factors, fine, fine_variables = self._sweep(
+            head, [d for d in decisions if d.path == "factored"], others, batch, chosen
+        )
+        batch.check_finite(fine.numpy())
+        self._check_variables(bool(tf.reduce_all(fine_variables)))
+        lost: set[Source] = set()
+        if taped:
+            tape = self._tape(head, taped, chosen.kind)
+            for source, rows in zip(taped, tape(batch.tensors, chosen), strict=True):
+                factors[source.key] = Explicit(Relabelling.of(source.shape), rows)
+            lost = tape.disconnected
+        missing = [s for s in sources if s in lost or s.key not in factors]
+        if missing:
+            _warn_disconnected(head, missing)
+        rest = {s.key: zero(s, batch.size, chosen.count) for s in missing}
+        return result, {s.key: factors.get(s.key) or rest[s.key] for s in sources}
+
+    def _sweep(
+        self,
+        head: str,
+        decisions: Sequence[Decision],
+        others: Sequence[Source],
+        batch: Batch,
+        chosen: Seeds,
+    ) -> tuple:
+        """Run the job, over blocks of rows where they cannot all be compiled into one."""
+        tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
+        answers = []
+        for block in chosen.blocks(rows_at_once(self.program, chosen.count)):
+            chunk = chunk_of(self.program, head, block.count, batch.size)
+            job = self._job(head, decisions, tensors, block.signature, chunk)
+            answers.append(job.run(batch.tensors, block.payload))
+        result, _, *fine = answers[0]
+        return result, join_rows([factors for _, factors, *_ in answers]), *fine
+
+    def _job(
+        self,
+        head: str,
+        decisions: Sequence[Decision],
+        tensors: dict[Source, str],
+        signature: tuple[str, int],
+        chunk: int,
+    ) -> Job:
+        wanted = tuple(d.source for d in decisions), tuple(tensors)
+        return self._once(
+            ("job", head, wanted, signature, chunk, self._order),
+            lambda: Job(self.program, head, decisions, tensors, signature, chunk, self._order),
+        )
+
+    def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
+        program = self.program
+        return self._once(
+            ("tape", head, tuple(sources), kind),
+            lambda: Tape(
+                self._callee,
+                self._structure,
+                _finder(program, head),
+                {s: _finder(program, s.tensor) for s in sources if s.tensor},
+                program.weights.variables,
+                sources,
+                kind,
+                refused=program.stubborn,
+            ),
+        )
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _check_variables(self, fine: bool) -> None:
+        """Name the variable that is not finite, where a sum over one was not."""
+        if fine:
+            return
+        weights = self.program.weights
+        for key, variable in zip(weights.keys, weights.variables, strict=True):
+            value = tf.convert_to_tensor(host.tf_variable(variable))
+            if value.dtype.is_floating and not tf.reduce_all(tf.math.is_finite(value)):
+                raise NotFiniteError(
+                    f"Weight {key!r} has NaN or Inf. The model has probably diverged in "
+                    "training: go back to an earlier checkpoint."
+                )
+
+
+def _check_memory(
+    decisions: Sequence[Decision],
+    others: Sequence[Source],
+    batch: int,
+    count: int,
+    memory_limit: int | str | None,
+) -> None:
+    held = sum((d.entries or 0) * d.source.dtype.size for d in decisions)
+    held += sum(count * source.size * source.dtype.size for source in others)
+    memory.check(
+        batch * held,
+        memory_limit,
+        f"Even unformed, the Jacobian of {batch} examples × {count} outputs",
+        "Give fewer examples at a time, or choose outputs=.",
+    )
+
+
+def _finder(program: Program, name: str) -> Callable[..., tf.Tensor]:
+    """Return how the tape finds a traced tensor again: by its head, or its layer and call."""
+    for head, tensor in program.heads.items():
+        if tensor == name:
+            return lambda heads, taps: heads[head]
+    for layer, calls in program.taps.items():
+        if name in calls:
+            call = calls.index(name)
+            return lambda heads, taps: taps[layer][call]
+    raise KeyError(name)
+
+
+def _warn_disconnected(head: str, sources: Sequence[Source]) -> None:
+    names = ", ".join(repr(source.key) for source in sources[:8])
+    more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
+    warnings.warn(
+        f"The output {head!r} does not depend on {names}{more}: the Jacobian is zero there.",
+        DisconnectedWarning,
+        stacklevel=4,
+    )
