@@ -50,7 +50,7 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
     graph = program.graph
     if graph.get_tensor_by_name(head).shape.rank == 0:
         raise ExamplesMeetError(
-            f"The output {head!r} is a single number for the whole batch. perjac differentiates "
+            f"The output {program.called(head)!r} is a single number for the whole batch. perjac differentiates "
             "outputs that have the batch as their first axis: leave out the final reduction."
         )
     needed = upstream(program, [head])

@@ -107,6 +107,8 @@ def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Bat
     """
     if isinstance(x, (list, tuple)) and _is_one_array(x, len(expected)):
         x = np.asarray(x)
+    elif isinstance(x, (list, tuple)) and len(x) == len(expected) == 1:
+        x = x[0]
     structure = tf.nest.map_structure(lambda leaf: 0, x)
     leaves = tf.nest.flatten(x)
     if expected and len(leaves) != len(expected):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from perjac import host
 from perjac.errors import InputError, IntegerInputError, UnknownNameError, nearest
 from perjac.shapes import known
@@ -115,8 +117,8 @@ class Names:
     def _input(self, number: int) -> Source:
         name, spec = self._inputs[number], self._program.specs[number]
         if not spec.dtype.is_floating:
-            layers = [n for n in self._program.taps if "embedding" in n.lower()]
-            layer = layers[0] if layers else "embedding"
+            tables = [t.name for t in self._layers if isinstance(t, keras.layers.Embedding)]
+            layer = tables[0] if tables else "embedding"
             raise IntegerInputError(
                 f"Input {name!r} is of type {spec.dtype.name}: there is no derivative with "
                 "respect to integers. Ask for the layer that turns them into numbers: "

@@ -120,7 +120,7 @@ def match(name: str, keys: Iterable[str], what: str) -> str:
         return fits[0]
     if fits:
         raise UnknownNameError(
-            f"{what} {name!r} is ambiguous: it could be {', '.join(map(repr, fits))}. "
+            f"The {what} {name!r} is ambiguous: it could be {', '.join(map(repr, fits))}. "
             "Give more of the path."
         )
     raise UnknownNameError(f"There is no {what} {name!r}. {nearest(name, keys)}")

@@ -19,6 +19,10 @@ from perjac.shapes import known
 from perjac.sources import Source
 from perjac.trace import Callee
 
+# pfor converts some operations wrongly without a word: its first answer is compared with a plain
+# loop's, and a relative difference above this is no rounding, even in float16.
+_TRUST = 0.02
+
 
 class Tape:
     """The tape path for one choice of output and sources.
@@ -56,7 +60,7 @@ class Tape:
     ):
         self._callee, self._structure, self._head, self._taps = callee, structure, head, taps
         self._variables, self._sources, self._kind = variables, list(sources), kind
-        self._refused = refused
+        self._refused, self._trusted = refused, False
         self.disconnected: set[Source] = set()  # known after the first call
         self._batched = tf.function(self._all, autograph=False, reduce_retracing=True)
         self._single = tf.function(self._one, autograph=False, reduce_retracing=True)
@@ -69,9 +73,14 @@ class Tape:
             payload = tf.repeat(payload[None], batch, 0)
         if not self._refused:
             try:
-                return list(self._batched(list(inputs), payload))
+                rows = list(self._batched(list(inputs), payload))
             except Exception as failure:  # pfor raises whatever the converter stumbled over
                 self._refused = _first_line(failure)
+            else:
+                self._refused = "" if self._trusted else self._doubt(inputs, payload, rows)
+                self._trusted = not self._refused
+                if self._trusted:
+                    return rows
         warnings.warn(
             f"The tape path goes example by example, which is slow, for "
             f"{', '.join(s.key for s in self._sources[:5])}"
@@ -81,6 +90,19 @@ class Tape:
         )
         alone = [self._single([t[b] for t in inputs], payload[b]) for b in range(batch)]
         return [tf.stack(rows) for rows in zip(*alone, strict=True)]
+
+    def _doubt(
+        self, inputs: Sequence[tf.Tensor], payload: tf.Tensor, rows: Sequence[tf.Tensor]
+    ) -> str:
+        """Compare pfor's first example with a plain loop's; return what is wrong, or nothing."""
+        first = [t[0] for t in inputs], payload[0]
+        plain = self._single(*first)
+        off = [_distance(mine[0], right) for mine, right in zip(rows, plain, strict=True)]
+        worst = max(range(len(off)), key=off.__getitem__)
+        if off[worst] < _TRUST or _distance(self._single(*first)[worst], plain[worst]) >= _TRUST:
+            return ""  # right, or a random model, for which there is nothing to compare
+        key = self._sources[worst].key
+        return f"pfor's result for {key!r} is wrong, off by {off[worst]:.0e} from a plain loop's"
 
     def _all(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> list[tf.Tensor]:
         return tf.vectorized_map(
@@ -116,6 +138,12 @@ class Tape:
         if source.kind == "weight":
             return host.tf_variable(self._variables[source.index])
         return inputs[source.index] if source.kind == "input" else self._taps[source]({}, taps)
+
+
+def _distance(found: tf.Tensor, right: tf.Tensor) -> float:
+    found, right = tf.cast(found, tf.float64), tf.cast(right, tf.float64)
+    scale = float(tf.norm(right))
+    return float(tf.norm(found - right)) / scale if scale else 0.0
 
 
 def _first_line(failure: Exception) -> str:

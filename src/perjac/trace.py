@@ -142,6 +142,11 @@ class Program:
             return self.heads[of]
         return self.tap(Activation(of), also=names)
 
+    def called(self, tensor: str) -> str:
+        """Return the name a user knows an output by: the head's or the layer's."""
+        named = [(name, [there]) for name, there in self.heads.items()] + list(self.taps.items())
+        return next((name for name, tensors in named if tensor in tensors), tensor)
+
     def tap(self, activation: Activation, also: Sequence[str] = ()) -> str:
         """Return the tensor of a hidden layer's output."""
         calls = self.taps.get(activation.layer)

@@ -54,8 +54,9 @@ class Traced:
         extent = self.program.extents.get(head)
         if extent is None or extent.fold != 1:
             shape = self.program.graph.get_tensor_by_name(head).shape
+            name = self.program.called(head)
             raise InputError(
-                f"The output {head!r} has shape {shape}. Expected one row for each example, with "
+                f"The output {name!r} has shape {shape}. Expected one row for each example, with "
                 "all other axes known."
             )
         return extent.rest
@@ -151,7 +152,7 @@ class Traced:
             lost = tape.disconnected
         missing = [s for s in sources if s in lost or s.key not in factors]
         if missing:
-            _warn_disconnected(head, missing)
+            _warn_disconnected(self.program.called(head), missing)
         rest = {s.key: zero(s, batch.size, chosen.count) for s in missing}
         return result, {s.key: factors.get(s.key) or rest[s.key] for s in sources}
 
@@ -251,11 +252,11 @@ def _finder(program: Program, name: str) -> Callable[..., tf.Tensor]:
     raise KeyError(name)
 
 
-def _warn_disconnected(head: str, sources: Sequence[Source]) -> None:
+def _warn_disconnected(output: str, sources: Sequence[Source]) -> None:
     names = ", ".join(repr(source.key) for source in sources[:8])
     more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
     warnings.warn(
-        f"The output {head!r} does not depend on {names}{more}: the Jacobian is zero there.",
+        f"The output {output!r} does not depend on {names}{more}: the Jacobian is zero there.",
         DisconnectedWarning,
         stacklevel=4,
     )
