@@ -50,8 +50,9 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
     graph = program.graph
     if graph.get_tensor_by_name(head).shape.rank == 0:
         raise ExamplesMeetError(
-            f"The output {program.called(head)!r} is a single number for the whole batch. perjac differentiates "
-            "outputs that have the batch as their first axis: leave out the final reduction."
+            f"The output {program.called(head)!r} is a single number for the whole batch. perjac "
+            "differentiates outputs that have the batch as their first axis: leave out the final "
+            "reduction."
         )
     needed = upstream(program, [head])
     for op in graph.get_operations():

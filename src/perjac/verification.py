@@ -6,6 +6,7 @@ The reference knows nothing of sites, rules, factors or plans.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,30 +140,51 @@ def _reference(
 ) -> Callable[..., list[tf.Tensor]]:
     """Return the loop's body: one example (1, ...) and one output to each weight's gradient."""
     variables = [host.tf_variable(v) for v in program.weights.variables]
-    graph_def, lift = program.graph_def, tf.convert_to_tensor
+    forward = program.replay
     if wide:
-        graph_def, lift = precision.raised(graph_def), precision.widened
-        variables = [tf.Variable(lift(v)) if v.dtype.is_floating else v for v in variables]
+        variables = [
+            tf.Variable(precision.widened(v)) if v.dtype.is_floating else v for v in variables
+        ]
+        forward = functools.partial(
+            _raised, program, precision.raised(program.graph_def), variables
+        )
 
     @tf.function(autograph=False, reduce_retracing=True)
     def gradient(example: list[tf.Tensor], row: tf.Tensor) -> list[tf.Tensor]:
-        graph = tf.compat.v1.get_default_graph()
-        values = [tf.convert_to_tensor(v) for v in variables]
-        feed = dict(zip(program.inputs, map(lift, example), strict=True))
-        feed |= {name: lift(outer) if outer.dtype.is_floating else host.capture(graph, outer)
-                 for name, outer in program.constants.items()}  # fmt: skip
-        handles = {n: host.capture(graph, v.handle) for n, v in enumerate(variables)}
-        feed |= {name: handles[n] for name, n in program.handles.items()}
-        feed |= {name: values[n] for name, n in program.reads.items()}
-        output = import_program(graph_def, feed, [head])[head]
+        values = {n: tf.convert_to_tensor(v) for n, v in enumerate(variables)}
+        output = forward(example, values, [head])[head]
         entry = tf.reshape(output, [-1])[row]
+        graph = tf.compat.v1.get_default_graph()
         return [
             # Through the handle, so that values read inside a loop count as well.
-            _or_zeros(tf.gradients(entry, handles[s.index])[0], values[s.index])
+            _or_zeros(
+                tf.gradients(entry, host.capture(graph, variables[s.index].handle))[0],
+                values[s.index],
+            )
             for s in weights
         ]
 
     return lambda example, row: gradient(example, tf.constant(row))
+
+
+def _raised(
+    program: Program,
+    graph_def: Any,
+    variables: Sequence[tf.Variable],
+    inputs: Sequence[tf.Tensor],
+    values: Mapping[int, tf.Tensor],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Replay the program from its raised graph, on inputs, constants and variables in float64."""
+    graph = tf.compat.v1.get_default_graph()
+    feed = dict(zip(program.inputs, map(precision.widened, inputs), strict=True))
+    for name, outer in program.constants.items():
+        floating = outer.dtype.is_floating
+        feed[name] = precision.widened(outer) if floating else host.capture(graph, outer)
+    for name, number in program.handles.items():
+        feed[name] = host.capture(graph, variables[number].handle)
+    feed |= {name: values[number] for name, number in program.reads.items()}
+    return import_program(graph_def, feed, names)
 
 
 def _or_zeros(gradient: Any, like: tf.Tensor) -> tf.Tensor:
