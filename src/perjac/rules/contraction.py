@@ -20,7 +20,7 @@ def matmul(site: BoundSite, delta: tf.Tensor) -> Factor:
     return _by_operand(site, delta, left, right, "no")
 
 
-@rule("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
+@rule("BatchMatMulV2", "BatchMatMulV3")
 def batch_matmul(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y[..., n, o] = Σ_i x[..., n, i] W[..., i, o], the leading axes broadcast."""
     ranks = [t.shape.rank for t in site.op.inputs]

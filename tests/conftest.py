@@ -1,0 +1,14 @@
+"""What every test file shares: a quiet TensorFlow, and hypothesis without deadlines."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # bounds below are those of the CPU
+
+import hypothesis
+
+# Tracing a model takes a third of a second: few examples, and no deadline for each.
+hypothesis.settings.register_profile("perjac", max_examples=8, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("perjac")

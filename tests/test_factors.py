@@ -1,0 +1,239 @@
+"""Factors: every query of every kind agrees with the same computed from the formed rows."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero, combine, join_rows
+from perjac.layout import Relabelling
+from perjac.patches import Patches
+
+KINDS = ["explicit", "zero", "outer", "outer_over_positions", "patches", "grouped", "lookup", "sum"]
+
+
+class Draw:
+    """Random numbers in float64, and a factor of each kind made of them."""
+
+    def __init__(self, seed: int, sizes: tuple[int, ...]):
+        self.rng = np.random.default_rng(seed)
+        self.batch, self.count, self.t, self.g, self.i, self.o = sizes
+
+    def numbers(self, *shape: int) -> tf.Tensor:
+        return tf.constant(self.rng.standard_normal(shape))
+
+    def factor(self, kind: str):
+        return getattr(self, kind)()
+
+    def explicit(self):
+        layout = Relabelling.of((self.i, self.o)).transpose((1, 0))
+        return Explicit(layout, self.numbers(self.batch, self.count, self.o, self.i))
+
+    def zero(self):
+        return Zero(Relabelling.of((self.i, self.o)), self.numbers(self.batch, self.count, 0))
+
+    def outer(self, positions: int = 1):
+        # The weight lies transposed, and with an axis more, on the user's side.
+        layout = Relabelling.of((self.o, self.i, 1)).transpose((1, 0, 2))
+        return Outer(
+            layout.reshape((self.i, self.o)),
+            self.numbers(self.batch, positions, self.i),
+            self.numbers(self.batch, self.count, positions, self.o),
+        )
+
+    def outer_over_positions(self):
+        return self.outer(self.t + 1)
+
+    def patches(self):
+        x = self.numbers(self.batch, self.t + 3, 5, self.i)
+        seen = Patches(x, (2, 2), (1, 2), (1, 2), (self.t + 2, 2), 1)
+        delta = self.numbers(self.batch, self.count, 2 * (self.t + 2), self.o)
+        return Outer(Relabelling.of((4 * self.i, self.o)), seen, delta)
+
+    def grouped(self):
+        layout = Relabelling.of((self.i, self.g, self.o)).transpose((1, 0, 2))
+        return Grouped(
+            layout,
+            self.numbers(self.batch, self.t, self.g, self.i),
+            self.numbers(self.batch, self.count, self.t, self.g, self.o),
+        )
+
+    def lookup(self):
+        ids = tf.constant(self.rng.integers(0, self.i, (self.batch, self.t + 2)), tf.int32)
+        delta = self.numbers(self.batch, self.count, self.t + 2, self.o)
+        return Lookup(Relabelling.of((self.i, self.o)), ids, delta)  # ids repeat
+
+    def sum(self):
+        plain = Relabelling.of((self.i, self.o))
+        outer = self.outer()
+        return Sum(plain, (self.lookup(), Outer(plain, outer.a, outer.delta)))
+
+
+SIZES = st.tuples(*[st.integers(1, n) for n in (4, 3, 4, 3, 4, 5)])
+SHAPES = given(seed=st.integers(0, 10**6), sizes=SIZES)
+
+
+def by_kind(test):
+    return pytest.mark.parametrize("kind", KINDS)(settings(max_examples=5, deadline=None)(test))
+
+
+def close(found, expected):
+    expected = np.asarray(expected)
+    scale = np.max(np.abs(expected), initial=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12 * max(scale, 1))
+
+
+def plain(kind: str, draw: Draw):
+    """Return a factor and its rows (B, K, *W.shape) formed by a formula written out here."""
+    factor = draw.factor(kind)
+    return factor, rows_of(factor)
+
+
+def rows_of(factor) -> np.ndarray:
+    lead = (np.shape(factor.delta)[:2]) if hasattr(factor, "delta") else None
+    if isinstance(factor, Sum):
+        return np.add(*[rows_of(part) for part in factor.parts])
+    if isinstance(factor, Zero):
+        return np.zeros((*lead, *factor.layout.shape))
+    if isinstance(factor, Explicit):
+        return np.asarray(factor.jacobian).transpose(0, 1, 3, 2)
+    delta = np.asarray(factor.delta)
+    if isinstance(factor, Lookup):
+        rows = np.zeros((*lead, *factor.layout.shape))
+        for b, k, t in np.ndindex(delta.shape[:3]):
+            rows[b, k, factor.ids[b, t]] += delta[b, k, t]
+        return rows
+    if isinstance(factor, Grouped):
+        return np.einsum("btgi,bktgo->bkigo", factor.a, delta)
+    if isinstance(factor.a, Patches):
+        return np.einsum("bti,bkto->bkio", windows(factor.a), delta)
+    rows = np.einsum("bti,bkto->bkio", factor.a, delta)
+    return rows.transpose(0, 1, 3, 2)[..., None] if factor.layout.steps else rows
+
+
+def windows(patches: Patches) -> np.ndarray:
+    """Cut every window out of the picture, one after another."""
+    x = np.asarray(patches.x)
+    cut = [
+        [
+            x[:, r * patches.strides[0] + u * patches.dilations[0]][
+                :, c * patches.strides[1] + v * patches.dilations[1]
+            ]
+            for u in range(patches.window[0])
+            for v in range(patches.window[1])
+        ]
+        for r in range(patches.output[0])
+        for c in range(patches.output[1])
+    ]
+    return np.stack([np.concatenate(offsets, 1) for offsets in cut], 1)
+
+
+@by_kind
+@SHAPES
+def test_dense_is_the_formula(kind, seed, sizes):
+    factor, rows = plain(kind, Draw(seed, sizes))
+    close(factor.dense(), rows)
+
+
+@by_kind
+@SHAPES
+def test_squared_norms_agree_with_dense(kind, seed, sizes):
+    factor, rows = plain(kind, Draw(seed, sizes))
+    close(factor.squared_norms(), np.sum(rows**2, axis=tuple(range(2, rows.ndim))))
+
+
+@by_kind
+@SHAPES
+def test_jvp_agrees_with_dense(kind, seed, sizes):
+    draw = Draw(seed, sizes)
+    factor, rows = plain(kind, draw)
+    v = draw.numbers(*rows.shape[2:])
+    close(factor.jvp(v), np.tensordot(rows, v, rows.ndim - 2))
+
+
+@by_kind
+@SHAPES
+def test_vjp_agrees_with_dense(kind, seed, sizes):
+    draw = Draw(seed, sizes)
+    factor, rows = plain(kind, draw)
+    u = draw.numbers(*rows.shape[:2])
+    close(factor.vjp(u), np.tensordot(u, rows, 2))
+    close(factor.vjp(u, per_example=True), np.einsum("bk,bk...->b...", u, rows))
+
+
+@by_kind
+@SHAPES
+def test_diagonal_agrees_with_dense(kind, seed, sizes):
+    factor, rows = plain(kind, Draw(seed, sizes))
+    close(factor.diagonal(), np.sum(rows**2, (0, 1)))
+
+
+@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gram_agrees_with_dense_between_any_two_kinds(kind, other):
+    left, right = Draw(0, (3, 2, 2, 1, 3, 4)), Draw(1, (2, 2, 2, 1, 3, 4))
+    (factor, rows), (factor2, rows2) = plain(kind, left), plain(other, right)
+    if rows.shape[2:] != rows2.shape[2:]:
+        return  # factors of weights of different shapes never meet
+    flat, flat2 = rows.reshape(6, -1), rows2.reshape(4, -1)
+    close(factor.gram(factor2), (flat @ flat2.T).reshape(3, 2, 2, 2))
+
+
+@by_kind
+@SHAPES
+def test_compact_keeps_the_rows(kind, seed, sizes):
+    factor, rows = plain(kind, Draw(seed, sizes))
+    close(factor.compact().dense(), rows)
+
+
+@by_kind
+@SHAPES
+def test_join_rows_lays_rows_one_after_another(kind, seed, sizes):
+    first = Draw(seed, sizes).factor(kind)
+    joined = join_rows([{"w": first}, {"w": first}])["w"]
+    close(joined.dense(), np.concatenate([first.dense()] * 2, 1))
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [["outer", "outer"], ["outer", "outer_over_positions"], ["grouped", "grouped"],
+     ["lookup", "lookup"], ["explicit", "explicit"], ["lookup", "explicit", "lookup"]],
+)  # fmt: skip
+def test_combine_adds_a_weights_contributions(kinds):
+    draw = Draw(0, (3, 2, 3, 2, 4, 5))
+    factors = [draw.factor(kind) for kind in kinds]
+    whole = combine(factors)
+    rows = sum(rows_of(factor) for factor in factors)
+    close(whole.dense(), rows)
+    # The norm of a sum is not the sum of the norms: this is where the peers go wrong.
+    close(whole.squared_norms(), np.sum(rows**2, tuple(range(2, rows.ndim))))
+
+
+def test_the_two_ways_to_a_norm_over_positions_agree(monkeypatch):
+    factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
+    found = []
+    for cheaper in (True, False):
+        monkeypatch.setattr(Outer, "_gram_is_cheaper", lambda self, c=cheaper: c)
+        found.append(factor.squared_norms())
+    close(*found)
+
+
+def test_large_rows_are_formed_example_by_example_with_the_same_answers(monkeypatch):
+    factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
+    patches = Draw(1, (3, 2, 2, 1, 3, 4)).patches()
+    at_once = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
+    monkeypatch.setattr("perjac.factors._FORM_AT_ONCE", 0)
+    monkeypatch.setattr(Outer, "_gram_is_cheaper", lambda self: False)
+    one_by_one = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
+    for a, b in zip(tf.nest.flatten(at_once), tf.nest.flatten(one_by_one), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_pass_through_a_function_unchanged(kind):
+    factor = Draw(0, (3, 2, 2, 2, 3, 4)).factor(kind)
+    back = tf.function(lambda f: {"same": f})(factor)["same"]
+    assert type(back) is type(factor)
+    assert back.layout == factor.layout
+    close(back.dense(), factor.dense())
