@@ -9,31 +9,24 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import MODELS, floats, randomise
-from small_models import LOOPS
+from small_models import EXAMPLE_BY_EXAMPLE
 from subjects import EVERY_MODEL, chosen, engine, expected, flat_rows, names, subject
 
 import perjac as pj
 
 
-def each(wanted, *marks):
+def each(wanted):
     """Parametrise over models, with the marks that the slow and the looping ones need."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in wanted])
+
+
+def _marks(name: str) -> list:
+    slow = [pytest.mark.slow] if MODELS[name].slow else []
     loop = pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(
-                name,
-                marks=[*([pytest.mark.slow] if MODELS[name].slow else []), loop]
-                if name in LOOPS or MODELS[name].slow
-                else [],
-            )
-            for name in wanted
-        ],
-    )
+    return [*slow, loop] if name in EXAMPLE_BY_EXAMPLE else slow
 
 
 every_model = each(EVERY_MODEL)
-small_model = each([n for n in EVERY_MODEL if not MODELS[n].slow])
 promised_model = each([n for n in EVERY_MODEL if MODELS[n].factored])
 
 
@@ -207,12 +200,19 @@ def test_an_empty_batch_has_an_empty_jacobian(name):
     assert jac.norms().shape == (0,)
 
 
-@each(["lenet", "transformer", "tied_embedding", "lstm", "plain_function", "conv2d_transpose"])
+@each(["lenet", "tied_embedding", "shared_dense", "lstm", "plain_function", "conv2d_transpose"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_verify_passes(name, dtype):
     report = engine(name, dtype, "auto").verify(subject(name, dtype).x)
     assert report.passed, str(report)
     assert len(report.errors) == len(subject(name, dtype).trainable)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer", "mobilenet_v2"])
+def test_verify_passes_for_large_models(name):
+    report = engine(name, "float32", "auto").verify(subject(name, "float32").x[:1])
+    assert report.passed, str(report)
 
 
 class Doubling(layers.Layer):

@@ -174,7 +174,7 @@ def test_queries_hold_for_inputs_and_activations_too(wrt):
 
 # --- Which rows -----------------------------------------------------------------------------
 
-ROWS = ["mlp", "dense_on_sequences", "transformer_per_token", "lenet"]
+ROWS = ["mlp", "dense_on_sequences", "lenet"]
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -115,7 +115,7 @@ def test_einsum(batch, equation, sizes):
     )
 
 
-@given(batch=few, length=few, vocabulary=few, width=few)
+@given(batch=few, length=few, vocabulary=st.integers(2, 4), width=few)
 def test_embedding(batch, length, vocabulary, width):
     check(
         Ids((length,), below=vocabulary),
@@ -127,3 +127,7 @@ def test_embedding(batch, length, vocabulary, width):
         ],
         batch,
     )
+
+
+def test_an_embedding_of_one_word():
+    check(Ids((2,), below=1), lambda: [layers.Embedding(1, 3), layers.Flatten()], batch=2)

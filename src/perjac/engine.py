@@ -6,14 +6,16 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from perjac import host, inputs, memory, seeds
+from perjac import files, host, inputs, memory, seeds
 from perjac import trace as tracing
 from perjac.errors import InputError, NotAModelError, NotBuiltError
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
 from perjac.naming import Names
+from perjac.shapes import known
 from perjac.sources import Weights
 from perjac.traced import Traced
 from perjac.verification import Verification, verify
@@ -80,8 +82,6 @@ class Engine:
                 raise InputError(f"Expected {name}= one of {_OPTIONS[name]}. Received: {value!r}.")
         memory.limit(memory_limit)  # refuses what it cannot read
         if isinstance(model, (str, pathlib.Path)):
-            from perjac import files
-
             model = files.load_model(model)
         _check_model(model)
         self.model = model
@@ -101,6 +101,26 @@ class Engine:
     def input_names(self) -> list[str]:
         """The names of the inputs that the model declares."""
         return [e.name for e in self._expected]
+
+    @property
+    def expected(self) -> list[inputs.Expected]:
+        """The inputs that the model declares: names, shapes and dtypes."""
+        return list(self._expected)
+
+    def made_up(self, count: int, seed: int = 0) -> Any:
+        """Return made-up examples of the shapes the model declares: normal numbers, 0s and 1s."""
+        self._example()  # refuses a model that declares none
+        rng = np.random.default_rng(seed)
+        arrays = [
+            tf.cast(
+                rng.standard_normal((count, *known(e.shape[1:])))
+                if e.dtype.is_floating
+                else rng.integers(0, 2, (count, *known(e.shape[1:]))),
+                e.dtype,
+            )
+            for e in self._expected
+        ]
+        return arrays[0] if len(arrays) == 1 else arrays
 
     @property
     def weight_names(self) -> list[str]:

@@ -1,0 +1,199 @@
+"""The command line. Imports nothing heavy before a command runs: `--help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from perjac._version import __version__
+from perjac.errors import FileFormatError, InputError, PerjacError
+from perjac.screen import Screen, quiet
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Per-example Jacobians and saliency of Keras models.",
+)
+
+Model = Annotated[str, typer.Argument(help="A .keras or .h5 file.")]
+DataPath = Annotated[str, typer.Argument(help=".npy, .npz, .csv, an image, or a folder of them.")]
+Code = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run Python code stored in the model file: trust it first."),
+]
+Log = Annotated[str | None, typer.Option(help="Where TensorFlow's own messages go.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Keep images at 0 to 255, not 0 to 1.")]
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 verification failed, 2 bad input, 130 interrupted."""
+    try:
+        status = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        status = _stop("Interrupted. What was finished is kept.", 130)
+    except (PerjacError, OSError) as problem:
+        status = _stop(f"Error: {problem}", 2)
+    except Exception as problem:
+        if not hasattr(problem, "show"):  # wrong usage, in Click's words, which it shows itself
+            raise
+        problem.show()  # type: ignore[attr-defined]
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _stop(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"perjac {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="And stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _engine(model: str, log: str | None, allow_code: bool) -> Iterator[tuple[Screen, Any]]:
+    """Load a model with the screen kept clean."""
+    with quiet(log) as screen:
+        from perjac import Engine, files
+
+        if allow_code:
+            screen.complain("Warning: --allow-code runs the Python code stored in the model file.")
+        yield screen, Engine(files.load_model(model, allow_code))
+
+
+def _read(screen: Screen, engine: Any, data: str, raw: bool) -> Any:
+    from perjac import files
+
+    read = files.load_data(data, engine.expected, 1.0 if raw else 1 / 255)
+    for note in read.notes:
+        screen.say(note)
+    return read
+
+
+def _folder(path: pathlib.Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileFormatError(f"{path} is a file. Give -o a folder.")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[pathlib.Path, typer.Option(help="Folder to write to.")] = pathlib.Path(
+        "perjac-demo"
+    ),
+    log: Log = None,
+) -> None:
+    """Train a small net on real digits and show everything on it; ends with a report."""
+    with quiet(log) as screen:
+        _folder(out)
+        from perjac.report.demo import run
+
+        run(out, screen.say)
+
+
+@app.command()
+def inspect(
+    model: Model, batch_size: Batch = 32, allow_code: Code = False, log: Log = None
+) -> None:
+    """Show each weight: where it meets the data, its rule, its path and why."""
+    with _engine(model, log, allow_code) as (screen, engine):
+        screen.say(str(engine.inspect(batch_size)))
+
+
+@app.command()
+def verify(
+    model: Model,
+    data: Annotated[str | None, typer.Argument(help="Examples; made up if left out.")] = None,
+    raw: Raw = False,
+    allow_code: Code = False,
+    log: Log = None,
+) -> None:
+    """Compare the Jacobian with a plain float64 loop; exit status 1 if they differ."""
+    with _engine(model, log, allow_code) as (screen, engine):
+        if data is None:
+            screen.say("No data given: verifying on 4 made-up examples.")
+            x = engine.made_up(4)
+        else:
+            x = _read(screen, engine, data, raw).part(0, 8)
+        report = engine.verify(x)
+        screen.say(str(report))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def jacobian(
+    model: Model,
+    data: DataPath,
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="An .npz or .zarr.")],
+    wrt: Annotated[str, typer.Option(help="weights, inputs, or a name.")] = "weights",
+    of: Annotated[str | None, typer.Option(help="An output or layer, by name.")] = None,
+    outputs: Annotated[str | None, typer.Option(help="Chosen outputs: 3,7")] = None,
+    batch_size: Batch = 32,
+    raw: Raw = False,
+    allow_code: Code = False,
+    log: Log = None,
+) -> None:
+    """Write the per-example Jacobian: an array (N, *rows, *weight) for each key."""
+    from perjac.store import opened
+
+    chosen = None if outputs is None else _numbers(outputs)
+    with _engine(model, log, allow_code) as (screen, engine), opened(out) as store:
+        read = _read(screen, engine, data, raw)
+        for start in screen.track(range(0, len(read), batch_size), "Batches"):
+            part = read.part(start, start + batch_size)
+            store.add(engine.jacobian(part, wrt=wrt, of=of, outputs=chosen))
+        store.describe(model=model, wrt=wrt, of=of or "", outputs=outputs or "all")
+        screen.say(f"Wrote {len(read)} examples to {out}.")
+
+
+@app.command()
+def saliency(
+    model: Model,
+    data: DataPath,
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="Folder to write to.")],
+    method: Annotated[str, typer.Option(help="gradient")] = "gradient",
+    target: Annotated[str, typer.Option(help="predicted, all, or a number.")] = "predicted",
+    batch_size: Batch = 32,
+    raw: Raw = False,
+    allow_code: Code = False,
+    log: Log = None,
+) -> None:
+    """Write a picture for each example, values.npz and index.html."""
+    wanted = target if target in ("predicted", "all") else _numbers(target)[0]
+    with _engine(model, log, allow_code) as (screen, engine):
+        from perjac.report.gallery import write
+
+        read = _read(screen, engine, data, raw)
+        _folder(out)
+        starts = screen.track(range(0, len(read), batch_size), "Batches")
+        count = write(engine, read, out, method, wanted, starts, batch_size)
+        screen.say(f"Wrote {count} pictures, values.npz and index.html to {out}.")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"Expected a number, or numbers separated by commas. Received: {text!r}."
+        ) from None

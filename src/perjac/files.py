@@ -1,0 +1,203 @@
+"""Files → models and arrays: .keras and .h5 models; .npy, .npz, .csv and image data."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from perjac.errors import FileFormatError, InputError, missing_extra
+
+_MODELS = {".keras", ".h5", ".hdf5"}
+_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Examples read from files.
+
+    Attributes
+    ----------
+    inputs : array, or dict of str to array
+        The batch; a dict where the file names several inputs.
+    names : list of str
+        One for each example: the picture's file name, or its number.
+    notes : list of str
+        What was done to the data, and which files were left out.
+    """
+
+    inputs: Any
+    names: list[str]
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def part(self, start: int, stop: int) -> Any:
+        """Return the inputs of some of the examples."""
+        if isinstance(self.inputs, dict):
+            return {name: array[start:stop] for name, array in self.inputs.items()}
+        return self.inputs[start:stop]
+
+
+def load_model(path: str | pathlib.Path, allow_code: bool = False) -> Any:
+    """Load a Keras model, without running code from the file unless allowed.
+
+    Parameters
+    ----------
+    path : str or Path
+        A .keras or .h5 file.
+    allow_code : bool
+        Whether Lambda layers in the file may run the Python code stored in it: that code can do
+        anything that you can.
+
+    Raises
+    ------
+    FileFormatError
+        If the file does not exist, is of another kind, or cannot be read.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise FileFormatError(
+            f"{path} is a folder. perjac reads .keras and .h5 files; a SavedModel is not "
+            "supported yet: load it yourself and give Engine the function and its variables."
+        )
+    if not path.exists():
+        raise FileFormatError(f"There is no file {path}.")
+    if path.suffix.lower() not in _MODELS:
+        raise FileFormatError(f"Expected a .keras or .h5 model. Received: {path}.")
+    import keras
+
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=not allow_code)
+    except Exception as failure:  # Keras raises whatever its readers stumble over
+        text = str(failure).strip().splitlines()
+        hint = ""
+        if "safe" in str(failure).lower() and "lambda" in str(failure).lower():
+            hint = " If you trust the file, --allow-code runs the Python code stored in it."
+        raise FileFormatError(
+            f"Cannot read the model {path}: {text[0] if text else type(failure).__name__}{hint}"
+        ) from failure
+
+
+def load_data(path: str | pathlib.Path, expected: Any = (), scale: float = 1 / 255) -> Data:
+    """Read a batch of examples.
+
+    Parameters
+    ----------
+    path : str or Path
+        An .npy, .npz or .csv file, an image, or a folder of images.
+    expected : sequence of inputs.Expected
+        What the model declares: images are brought to its size and channels.
+    scale : float
+        What the 0 to 255 of images is multiplied by.
+
+    Raises
+    ------
+    FileFormatError
+        If a file cannot be read, naming it and the place.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileFormatError(f"There is no file or folder {path}.")
+    if path.is_dir():
+        return _images(sorted(p for p in path.iterdir() if p.is_file()), path, expected, scale)
+    kind = path.suffix.lower()
+    if kind in _IMAGES:
+        return _images([path], path, expected, scale)
+    readers = {".npy": _npy, ".npz": _npz, ".csv": _csv}
+    if kind not in readers:
+        raise FileFormatError(
+            f"Expected .npy, .npz, .csv, an image or a folder of images. Received: {path}."
+        )
+    inputs = readers[kind](path)
+    first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+    if first.ndim == 0 or len(first) == 0:
+        raise FileFormatError(f"{path} holds no examples: its shape is {first.shape}.")
+    return Data(inputs, [str(n) for n in range(len(first))], [])
+
+
+def _npy(path: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as failure:
+        raise FileFormatError(f"Cannot read {path}: {failure}") from failure
+
+
+def _npz(path: pathlib.Path) -> Any:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as failure:  # a bad zip file, a pickle, a truncated array
+        raise FileFormatError(f"Cannot read {path}: {failure}") from failure
+    if not arrays:
+        raise FileFormatError(f"{path} holds no arrays.")
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def _csv(path: pathlib.Path) -> np.ndarray:
+    rows: list[list[float]] = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for line, cells in enumerate(csv.reader(file), 1):
+            if not any(cell.strip() for cell in cells):
+                continue
+            try:
+                rows.append([float(cell) for cell in cells])
+            except ValueError:
+                if not rows and line == 1:
+                    continue  # a header
+                column = next(n for n, cell in enumerate(cells, 1) if not _is_number(cell))
+                raise FileFormatError(
+                    f"{path}, line {line}, column {column}: {cells[column - 1]!r} is no number."
+                ) from None
+            if len(rows[-1]) != len(rows[0]):
+                raise FileFormatError(
+                    f"{path}, line {line}: {len(rows[-1])} numbers, where the first row has "
+                    f"{len(rows[0])}."
+                )
+    return np.array(rows, "float32")
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _images(paths: list[pathlib.Path], where: pathlib.Path, expected: Any, scale: float) -> Data:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as failure:
+        raise missing_extra("Reading images", "report", failure) from failure
+    if len(expected) > 1:
+        raise InputError(f"The model has {len(expected)} inputs; give them in one .npz file.")
+    shape = tuple(expected[0].shape[1:]) if expected else (None, None, 3)
+    if len(shape) != 3 or shape[2] not in (None, 1, 3, 4):
+        raise InputError(f"The model's input {shape} is no image (height, width, channels).")
+    arrays, names, notes = [], [], []
+    mode = {1: "L", 4: "RGBA"}.get(shape[2], "RGB")
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                picture = opened.convert(mode)
+        except (UnidentifiedImageError, OSError) as failure:
+            notes.append(f"Left out {path.name}: {type(failure).__name__}, no image.")
+            continue
+        height, width = shape[0] or picture.height, shape[1] or picture.width
+        if picture.size != (width, height):
+            notes.append(f"{path.name}: resized from {picture.size} to {(width, height)}.")
+            picture = picture.resize((width, height))
+        array = np.asarray(picture, "float32") * scale
+        arrays.append(array[..., None] if mode == "L" else array)
+        names.append(path.name)
+    if not arrays:
+        raise FileFormatError(f"No image could be read from {where}.")
+    if len({array.shape for array in arrays}) > 1:
+        raise InputError(f"The images in {where} differ in size, and the model fixes none.")
+    notes.append(f"{len(arrays)} images, 0 to 255 multiplied by {scale:.4g}.")
+    return Data(np.stack(arrays), names, notes)
