@@ -180,7 +180,7 @@ def _images(paths: list[pathlib.Path], where: pathlib.Path, expected: Any, scale
     if len(shape) != 3 or shape[2] not in (None, 1, 3, 4):
         raise InputError(f"The model's input {shape} is no image (height, width, channels).")
     arrays, names, notes = [], [], []
-    mode = {1: "L", 4: "RGBA"}.get(shape[2], "RGB")
+    mode = {1: "L", 4: "RGBA"}.get(shape[2] or 3, "RGB")
     for path in paths:
         try:
             with Image.open(path) as opened:

@@ -248,7 +248,8 @@ def _query(name: str, jit: bool = False, **options: Any) -> Callable[..., dict[s
             answers[key] = getattr(factor, name)(*mine, **options)
         return answers
 
-    return tf.function(ask, autograph=False, jit_compile=jit or None, reduce_retracing=not jit)
+    # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
+    return tf.function(ask, autograph=False, jit_compile=jit or None)
 
 
 def _total(answers: Mapping[str, tf.Tensor]) -> tf.Tensor:

@@ -97,9 +97,9 @@ class Tape:
         """Compare pfor's first example with a plain loop's; return what is wrong, or nothing."""
         first = [t[0] for t in inputs], payload[0]
         plain = self._single(*first)
-        off = [_distance(mine[0], right) for mine, right in zip(rows, plain, strict=True)]
+        off = _distances([mine[0] for mine in rows], plain)
         worst = max(range(len(off)), key=off.__getitem__)
-        if off[worst] < _TRUST or _distance(self._single(*first)[worst], plain[worst]) >= _TRUST:
+        if off[worst] < _TRUST or _distances(self._single(*first), plain)[worst] >= _TRUST:
             return ""  # right, or a random model, for which there is nothing to compare
         key = self._sources[worst].key
         return f"pfor's result for {key!r} is wrong, off by {off[worst]:.0e} from a plain loop's"
@@ -140,10 +140,14 @@ class Tape:
         return inputs[source.index] if source.kind == "input" else self._taps[source]({}, taps)
 
 
-def _distance(found: tf.Tensor, right: tf.Tensor) -> float:
-    found, right = tf.cast(found, tf.float64), tf.cast(right, tf.float64)
-    scale = float(tf.norm(right))
-    return float(tf.norm(found - right)) / scale if scale else 0.0
+def _distances(found: Sequence[tf.Tensor], right: Sequence[tf.Tensor]) -> list[float]:
+    """Relative distances; of a source with hardly any gradient, relative to the largest's."""
+    norms = [float(tf.norm(tf.cast(r, tf.float64))) for r in right]
+    floor = 1e-3 * max(norms) or 1.0
+    return [
+        float(tf.norm(tf.cast(f, tf.float64) - tf.cast(r, tf.float64))) / max(norm, floor)
+        for f, r, norm in zip(found, right, norms, strict=True)
+    ]
 
 
 def _first_line(failure: Exception) -> str:
