@@ -56,7 +56,8 @@ def write(
                 path = out / _file_name(name, start + n, data.names)
                 drawn = picture(found.figure(n), path)
                 told = f"{', '.join(found.titles(n)) if target != 'all' else 'every output'}"
-                cards.append({"name": name, "picture": drawn, "told": told})
+                title = f"example {name}" if name.isdigit() else name
+                cards.append({"name": title, "picture": drawn, "told": told})
             values.append(np.asarray(found.values))
             outputs.append(np.asarray(found.outputs))
     finally:  # what is finished is kept, also when interrupted
@@ -68,7 +69,13 @@ def write(
                 outputs=np.concatenate(outputs),
                 names=np.array(done),
             )
-            page = render("gallery.html", cards=cards, method=method, percentile=PERCENTILE)
+            page = render(
+                "gallery.html",
+                cards=cards,
+                method=method,
+                percentile=PERCENTILE,
+                wide=target == "all",
+            )
             (out / "index.html").write_text(page, encoding="utf-8")
     return len(cards)
 
