@@ -155,13 +155,12 @@ def _reference(
         output = forward(example, values, [head])[head]
         entry = tf.reshape(output, [-1])[row]
         graph = tf.compat.v1.get_default_graph()
+        # Through the handles, so that values read inside a loop count as well; all in one pass.
+        handles = [host.capture(graph, variables[source.index].handle) for source in weights]
+        gradients = tf.gradients(entry, handles)
         return [
-            # Through the handle, so that values read inside a loop count as well.
-            _or_zeros(
-                tf.gradients(entry, host.capture(graph, variables[s.index].handle))[0],
-                values[s.index],
-            )
-            for s in weights
+            _or_zeros(one, values[source.index])
+            for source, one in zip(weights, gradients, strict=True)
         ]
 
     return lambda example, row: gradient(example, tf.constant(row))
