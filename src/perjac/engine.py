@@ -15,6 +15,7 @@ from perjac.errors import InputError, NotAModelError, NotBuiltError
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
 from perjac.naming import Names
+from perjac.normalise import normalise
 from perjac.shapes import known
 from perjac.sources import Weights
 from perjac.traced import Traced
@@ -256,8 +257,7 @@ class Engine:
             raise InputError("Expected at least one example to verify on. Received: none.")
         traced, names = self._trace(batch)
         return verify(
-            traced.program,
-            names.head(of),
+            *traced.program.traced(names.head(of)),
             batch,
             names.sources("weights"),
             lambda part, rows: self.jacobian(part, of=of, outputs=rows),
@@ -277,7 +277,9 @@ class Engine:
 
     def _trace(self, batch: inputs.Batch) -> tuple[Traced, Names]:
         if batch.signature not in self._traced:
-            program = tracing.trace(self._callee, batch.specs, batch.structure, self._weights)
+            program = normalise(
+                tracing.trace(self._callee, batch.specs, batch.structure, self._weights)
+            )
             self._traced[batch.signature] = (
                 Traced(self._callee, program, batch.structure, self._path),
                 Names(program, self._weights, self.model, batch.names),

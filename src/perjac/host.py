@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import function_def_to_graph
 
 
 def captures(graph: Any) -> list[tuple[tf.Tensor, tf.Tensor]]:
@@ -33,8 +34,18 @@ def capture(graph: Any, tensor: tf.Tensor) -> tf.Tensor:
     return graph.capture(tensor) if hasattr(graph, "capture") else tensor
 
 
-# Operations that call a function of the graph.
-CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+def function_nodes(definition: Any) -> tuple[Any, dict[str, str]]:
+    """Return a FunctionDef as a GraphDef, and its tensors' names there.
+
+    `function_def_to_graph_def` (since TensorFlow 1.9): a FunctionDef names tensors by operation,
+    output argument and number, a GraphDef by operation and number.
+    """
+    return function_def_to_graph.function_def_to_graph_def(definition)
+
+
+def scratch_graph() -> Any:
+    """Return a function graph to try things in (`tf.__internal__.FuncGraph`, since 2.5)."""
+    return tf.__internal__.FuncGraph("scratch")
 
 
 def carry_gradient(traced: Any, imported: Any) -> None:
@@ -45,11 +56,6 @@ def carry_gradient(traced: Any, imported: Any) -> None:
     SymbolicGradient that does not run.
     """
     imported._gradient_function = traced._gradient_function
-
-
-def is_marked_for_xla(op: Any) -> bool:
-    """Tell whether a call must be compiled (`_XlaMustCompile`, of `jit_compile=True`)."""
-    return bool(op.node_def.attr["_XlaMustCompile"].b)
 
 
 def tf_variable(variable: Any) -> tf.Variable:

@@ -55,13 +55,13 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
             "reduction."
         )
     needed = upstream(program, [head])
-    for op in graph.get_operations():
-        if op.name not in needed:
-            continue
+    ops = [op for op in graph.get_operations() if op.name in needed]
+    used = {t.name for op in ops for t in op.inputs} | {head}  # a loop also returns its constants
+    for op in ops:
         lost = [
             t
             for t in op.outputs
-            if t.name in flow.values and t.dtype.is_floating and t.shape.is_fully_defined()
+            if t.name in flow.values & used and t.dtype.is_floating and t.shape.is_fully_defined()
         ]
         if lost:
             raise _meeting(lost[0].name, op.type)

@@ -96,7 +96,7 @@ def decide(
     """
     needed = upstream(program, [head])
     asked = {source.index for source in weights}
-    live = [s for s in flow.sites if s.operation in needed and s.variables & asked]
+    live = [s for s in flow.sites if s.variables & asked and _reaches(program, s.operation, needed)]
     found = {} if path == "tape" else _rehearse(program, live, count, order)
     decisions = []
     for source in weights:
@@ -109,6 +109,12 @@ def decide(
             )
         decisions.append(decision)
     return decisions
+
+
+def _reaches(program: Program, operation: str, needed: set[str]) -> bool:
+    """Tell whether the output depends on an operation, or on what it stands for."""
+    there = program.graph.get_tensor_by_name(program.stand_in(operation).cotangent)
+    return there.op.name in needed
 
 
 def _decide_one(
@@ -173,10 +179,10 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
     if site.type not in rules.RULES:
         raise rules.NoRule(f"no rule for {site.type}")
     traced = program.graph.get_operation_by_name(site.operation)
-    name = traced.outputs[0].name
+    name, ordered = traced.outputs[0].name, program.stand_in(site.operation).ordered
     if name not in program.extents:
         raise rules.NoRule("its result has no batch axis in front, or an unknown one behind")
-    if name in order.mixed:
+    if ordered in order.mixed:
         raise rules.NoRule("its rows are not in the order of the examples")
     for tensor, there in zip(
         [*op.inputs, *op.outputs], [*traced.inputs, *traced.outputs], strict=True
@@ -190,7 +196,7 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
             raise rules.NoRule("the shape of its parametrisation is unknown")
         layout = Relabelling.of(shape)
     fold = program.extents[name].fold
-    return rules.BoundSite(op, site.operand, layout, fold, batch, name in order.inner)
+    return rules.BoundSite(op, site.operand, layout, fold, batch, ordered in order.inner)
 
 
 class Job:
@@ -249,7 +255,9 @@ class Job:
         values = {
             n: tf.convert_to_tensor(host.tf_variable(program.weights.variables[n])) for n in numbers
         }
-        names = [self._head, *(s.operation for s in self._sites), *self._tensors.values()]
+        places = [program.stand_in(s.operation).cotangent for s in self._sites]
+        operations = [s.operation for s in self._sites]
+        names = [self._head, *operations, *places, *self._tensors.values()]
         found = program.replay(inputs, values, names)
         output, batch = found[self._head], tf.shape(inputs[0])[0]
         output.set_shape([None, *program.extents[self._head].rest])
@@ -259,7 +267,7 @@ class Job:
         if targets or bound:
             swept = cotangents(
                 output,
-                targets + [site.output for site in bound],
+                targets + [found[name] for name in places],
                 [lambda g: tf.expand_dims(g, 1)] * len(targets) + [site.unfold for site in bound],
                 lambda k: row(self._kind, payload, k, output),
                 self._count,

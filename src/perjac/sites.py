@@ -6,7 +6,7 @@ Knows graphs; must not know which operations have rules.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -69,26 +69,54 @@ _SHAPES = {"Shape", "ShapeN", "Size", "Rank", "VariableShape"}
 
 def flow(program: Program) -> Flow:
     """Classify every tensor of a program and collect its sites."""
-    data, values = set(program.inputs), set(program.inputs)
-    params = {name: frozenset([n]) for name, n in program.handles.items()}
-    sites: list[Site] = []
-    for op in program.graph.get_operations():  # creation order is topological
+    data, values, params, meetings = _walk(
+        program.graph,
+        program.inputs,
+        {name: frozenset([n]) for name, n in program.handles.items()},
+    )
+    sites = [
+        Site(op.name, op.type, i, name, params[name], _layout(op.inputs[i], program))
+        for op, i, name in meetings
+    ]
+    return Flow(data, values, params, tuple(sites))
+
+
+def kinds(graph: Any, inputs: Iterable[str], handles: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Return a graph's tensors that are made of weights alone, and those that depend on the data.
+
+    Parameters
+    ----------
+    graph : tf.Graph
+        May still be being built.
+    inputs, handles : iterable of str
+        The tensors of the data, and of the variables.
+    """
+    data, _, params, _ = _walk(graph, inputs, {name: frozenset() for name in handles})
+    return set(params), data
+
+
+def _walk(
+    graph: Any, inputs: Iterable[str], handles: Mapping[str, frozenset[int]]
+) -> tuple[set[str], set[str], dict[str, frozenset[int]], list[tuple[Any, int, str]]]:
+    """Return data, values, params as in Flow, and (operation, operand, tensor) where they meet."""
+    data, values = set(inputs), set(inputs)
+    params = dict(handles)
+    meetings: list[tuple[Any, int, str]] = []
+    for op in graph.get_operations():  # creation order is topological
         names = [t.name for t in op.inputs]
         if any(name in data for name in names):
-            sites += [
-                Site(op.name, op.type, i, name, params[name], _layout(op.inputs[i], program))
-                for i, name in enumerate(names)
-                if name in params and op.outputs
-            ]
+            if op.outputs:
+                meetings += [(op, i, name) for i, name in enumerate(names) if name in params]
             moving = [t.name for t in op.outputs if not _is_known(t)]
             data.update(moving)
             if op.type not in _SHAPES and any(name in values for name in names):
                 values.update(moving)
         elif op.type != "StopGradient":  # nothing can be derived through that one
-            made_of = frozenset().union(*(params.get(name, ()) for name in names))
-            if made_of:
+            reached = [params[name] for name in names if name in params]
+            if reached:
+                made_of = frozenset().union(*reached)
                 params |= {t.name: made_of for t in op.outputs if _carries_derivative(t)}
-    return Flow(data, values, params, tuple(sites))
+    return data, values, params, meetings
 
 
 def upstream(program: Program, tensors: Iterable[str]) -> set[str]:

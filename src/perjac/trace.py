@@ -14,14 +14,12 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.errors import InputError, UnknownNameError, nearest
+from perjac.flatten import CALLS, XLA
+from perjac.loops import LOOPS, StandIn
 from perjac.shapes import known
 from perjac.sources import Activation, Weights
 
 Taps = dict[str, list[tf.Tensor]]
-# pfor does not convert these, and prints thousands of lines before it gives up. Calls marked for
-# XLA are Keras's grouped convolutions, which it converts wrongly: the kernel's gradient is silently
-# off in float32, and the picture's fails.
-_LOOPS = {"While", "StatelessWhile"}
 Dims = tuple[int | None, ...]
 
 
@@ -92,6 +90,12 @@ class Program:
         Variable handles, and the values read from them: tensor name to variable number.
     constants : dict of str to tf.Tensor
         Everything else that the trace closes over.
+    weights : Weights
+        The variables.
+    stand_ins : dict of str to StandIn
+        Operations that are not run but stand for others, by name.
+    origin : Program or None
+        The trace that this one is the normal form of.
     """
 
     graph: Any
@@ -102,6 +106,8 @@ class Program:
     reads: dict[str, int]
     constants: dict[str, tf.Tensor]
     weights: Weights
+    stand_ins: dict[str, StandIn] = dataclasses.field(default_factory=dict)
+    origin: Program | None = None
 
     @functools.cached_property
     def graph_def(self) -> Any:
@@ -198,19 +204,39 @@ class Program:
         for name, number in self.handles.items():
             feed[name] = host.capture(graph, host.handle(variables[number]))
         feed |= {name: values[n] for name, n in self.reads.items() if n in values}
-        calls = [op.name for op in self.graph.get_operations() if op.type in host.CALLS]
+        calls = [op.name for op in self.graph.get_operations() if op.type in CALLS]
         found = import_program(self.graph_def, feed, [*names, *calls])
         for name in calls:
             host.carry_gradient(self.graph.get_operation_by_name(name), found[name])
         return {name: found[name] for name in names}
 
+    def stand_in(self, operation: str) -> StandIn:
+        """Return where an operation's cotangent is found, and how its examples lie."""
+        if operation in self.stand_ins:
+            return self.stand_ins[operation]
+        result = self.graph.get_operation_by_name(operation).outputs[0].name
+        return StandIn(result, result)
+
+    def traced(self, tensor: str) -> tuple[Program, str]:
+        """Return the trace as it came from the model, and a head's or layer's tensor there."""
+        if self.origin is None:
+            return self, tensor
+        here = [*self.heads.values(), *(t for calls in self.taps.values() for t in calls)]
+        there = [*self.origin.heads.values(), *(t for c in self.origin.taps.values() for t in c)]
+        return self.origin, there[here.index(tensor)]
+
     @functools.cached_property
     def stubborn(self) -> str:
-        """Why pfor must not go through this graph, or nothing where it may."""
+        """Why pfor must not go through this graph, or nothing where it may.
+
+        It does not convert loops, and prints thousands of lines before it gives up. Calls marked
+        for XLA are Keras's grouped convolutions, which it converts wrongly: the kernel's gradient
+        is silently off in float32, and the picture's fails.
+        """
         for op in self.graph.get_operations():
-            if op.type in _LOOPS:
+            if op.type in LOOPS:
                 return f"pfor does not convert the loop {op.name!r}"
-            if op.type in host.CALLS and host.is_marked_for_xla(op):
+            if op.type in CALLS and op.node_def.attr[XLA].b:
                 return f"pfor cannot be trusted with {op.name!r}, which is marked for XLA"
         return ""
 
@@ -301,6 +327,15 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
 
     concrete = call.get_concrete_function(*specs)
     graph: Any = concrete.graph
+    named = {
+        name: [t.name if t.graph is graph else "" for t in calls] for name, calls in taps.items()
+    }
+    return collect(concrete, len(specs), weights, named)
+
+
+def collect(concrete: Any, inputs: int, weights: Weights, taps: dict[str, list[str]]) -> Program:
+    """Return the Program of a traced function of so many inputs that returns its heads."""
+    graph: Any = concrete.graph
     by_handle = {id(host.handle(v)): n for n, v in enumerate(weights.variables)}
     handles, constants = {}, {}
     for outer, inner in host.captures(graph):
@@ -315,12 +350,9 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
     }
     return Program(
         graph=graph,
-        inputs=tuple(t.name for t in concrete.inputs[: len(specs)]),
+        inputs=tuple(t.name for t in concrete.inputs[:inputs]),
         heads=_head_tensors(concrete, graph),
-        taps={
-            name: [t.name if t.graph is graph else "" for t in calls]
-            for name, calls in taps.items()
-        },
+        taps=taps,
         handles=handles,
         reads=reads,
         constants=constants,

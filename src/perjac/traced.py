@@ -82,8 +82,8 @@ class Traced:
             return
         program = self.program
         needed = sites.upstream(program, [head])
-        places = [program.graph.get_operation_by_name(s.operation) for s in self._flow.sites]
-        watched = asked | {op.outputs[0].name for op in places if op.name in needed}
+        places = [program.stand_in(s.operation) for s in self._flow.sites]
+        watched = asked | {p.ordered for p in places if p.cotangent.partition(":")[0] in needed}
         order = independence.probe(program, self._flow, head, sorted(watched), batch.tensors)
         astray = [s.key for s in sources if s.tensor in order.inner | order.mixed]
         if astray:
@@ -200,7 +200,7 @@ class Traced:
                 program.weights.variables,
                 sources,
                 kind,
-                refused=program.stubborn,
+                refused=program.traced(head)[0].stubborn,
             ),
         )
 

@@ -1,0 +1,330 @@
+"""Loops opened: what weights do inside a while loop, laid out along time where rules can see it.
+
+The loop is built anew. In every step a zero is added to the result of each operation at which a
+weight meets the data, and the data there is kept. The gradient of the output with respect to the
+zeros is that operation's cotangent, step by step, so one operation outside the loop, over the steps
+laid one after another, stands in for the one inside: it is never run, it is the site that a rule
+reads. The loop itself, and so its speed, stays as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.flatten import Body, canonical
+from perjac.rebuild import Builder, alone
+from perjac.shapes import known
+
+LOOPS = {"While", "StatelessWhile"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """Which tensors of the graph being built are made of weights alone, and which of the data."""
+
+    params: set[str]
+    data: set[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """An operation that is not run, in place of one inside a loop or of a lowered one.
+
+    Attributes
+    ----------
+    cotangent : str
+        The tensor whose cotangent is the operation's.
+    ordered : str
+        A tensor in which the examples lie as they do in the operation's result.
+    """
+
+    cotangent: str
+    ordered: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Meeting:
+    """An operation of the body at which weights meet the data.
+
+    `data` are the inputs to be kept step by step, by number.
+    """
+
+    op: Any
+    result: str
+    inputs: list[str]
+    data: dict[int, str]
+
+
+class Loop:
+    """A while loop of the traced graph, and what happens inside it.
+
+    Parameters
+    ----------
+    build : Builder
+        The graph being built, in which the loop's inputs are.
+    node : NodeDef
+        The loop.
+    body, condition : Body
+        The functions it calls.
+    kinds : Kinds
+        Of the tensors outside.
+
+    Notes
+    -----
+    What happens inside is found out on a copy of the body in a scratch graph. A tensor there is
+    made of weights alone, varies (with the step or the data), or is a constant.
+    """
+
+    def __init__(self, build: Builder, node: Any, body: Body, condition: Body, kinds: Kinds):
+        self._build, self._node, self._body, self._condition = build, node, body, condition
+        self._outer = build.inputs(node)
+        self._nodes = {node.name: node for node in body.nodes}
+        self._moving = [n for n, result in enumerate(body.results) if not self._stays(n, result)]
+        self._inside = self._scratch()
+        staying = {r: t.name for r, t in self._staying().items()}
+        self._made = {r for r, name in staying.items() if name in kinds.params}
+        self._varying = {body.arguments[n] for n in self._moving}
+        self._varying |= {r for r, name in staying.items() if name in kinds.data}
+        self._ops = self._in_order()
+        for op, inputs, outputs in self._ops:
+            if _acts(op) or any(r in self._varying for r in inputs):
+                self._varying.update(outputs)
+            elif any(r in self._made for r in inputs):
+                self._made.update(outputs)
+        self._steps = self._known_steps()
+        self._meetings, self._hidden = self._meet()
+
+    def open(self, batch: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, StandIn]]:
+        """Build the loop anew, with operations outside it that stand in for those inside.
+
+        Parameters
+        ----------
+        batch : tf.Tensor
+            B.
+
+        Returns
+        -------
+        list of tf.Tensor
+            The loop's results.
+        dict of str to StandIn
+            By the standing-in operation's name; empty where the number of steps is not known.
+        """
+        steps = self._steps or 0
+        zeros = {
+            m.result: tf.zeros([steps * batch, *self._rest(m.result)], m.op.outputs[0].dtype)
+            for m in self._meetings
+        }
+        added = {
+            r: tf.TensorArray(z.dtype, steps).unstack(tf.reshape(z, [steps, batch, *z.shape[1:]]))
+            for r, z in zeros.items()
+        }
+        kept = list(dict.fromkeys(r for m in self._meetings for r in m.data.values()))
+        arrays = [
+            tf.TensorArray(self._inside[r].dtype, steps, element_shape=[None, *self._rest(r)])
+            for r in kept
+        ]
+        made = {r: self._outside[r] for r in self._frontier()}
+        for r in set(made) - self._hidden:
+            made[r] = tf.stop_gradient(made[r])  # it meets the data outside
+
+        def step(number: Any, arrays: Any, *moving: Any) -> tuple:
+            zero = {_zero(r): array.read(number) for r, array in added.items()}
+            inner = self._inner(
+                self._with_zeros(), self._arguments(self._body, moving) | made | zero
+            )
+            found = [inner[_summed(r) if r in added else r] for r in self._results()]
+            data = [inner[_summed(r) if r in added else r] for r in kept]
+            written = [a.write(number, t) for a, t in zip(arrays, data, strict=True)]
+            return (number + 1, written, *found)
+
+        def goes_on(_: Any, arrays: Any, *moving: Any) -> tf.Tensor:
+            condition = self._condition
+            return self._inner(condition.nodes, self._arguments(condition, moving))[
+                condition.results[0]
+            ]
+
+        _, arrays, *ended = tf.while_loop(
+            goes_on,
+            step,
+            (tf.constant(0), arrays, *(self._outer[n] for n in self._moving)),
+            shape_invariants=(
+                tf.TensorShape([]),
+                [tf.TensorShape([])] * len(arrays),
+                *(self._shape(n) for n in self._moving),
+            ),
+            maximum_iterations=self._steps,
+        )
+        results = list(self._outer)
+        for n, tensor in zip(self._moving, ended, strict=True):
+            results[n] = tensor
+        laid_out = {
+            r: tf.reshape(array.stack(), [steps * batch, *self._rest(r)])
+            for r, array in zip(kept, arrays, strict=True)
+        }
+        return results, dict(self._stand_in(m, laid_out, zeros[m.result]) for m in self._meetings)
+
+    def _stand_in(
+        self, meeting: _Meeting, laid_out: Mapping[str, tf.Tensor], zero: tf.Tensor
+    ) -> tuple[str, StandIn]:
+        operands = [
+            laid_out[r] if n in meeting.data else self._outside[r]
+            for n, r in enumerate(meeting.inputs)
+        ]
+        (result,) = alone(self._nodes[_node(meeting.result)], operands)
+        data = next(iter(meeting.data.values()))
+        return result.op.name, StandIn(zero.name, laid_out[data].name)
+
+    def _meet(self) -> tuple[list[_Meeting], set[str]]:
+        """Return what can be stood in for, and what is made of weights and used in other ways."""
+        found, hidden = [], {r for r in self._results() if r in self._made}
+        for op, inputs, outputs in self._ops:
+            made = {r for r in inputs if r in self._made}
+            if not made or not any(r in self._varying for r in outputs):
+                continue
+            meeting = _Meeting(
+                op, outputs[0], inputs, {n: r for n, r in enumerate(inputs) if r in self._varying}
+            )
+            if self._steps and self._fits(meeting):
+                found.append(meeting)
+            else:
+                hidden |= made
+        return [m for m in found if not hidden & set(m.inputs)], hidden
+
+    def _fits(self, meeting: _Meeting) -> bool:
+        """Tell whether the data and the result have the batch, and only that, as unknown axis."""
+        op = meeting.op
+        tensors = [*op.outputs, *(op.inputs[n] for n in meeting.data)]
+        return (
+            len(op.outputs) == 1
+            and not _acts(op)
+            and all(t.dtype not in (tf.resource, tf.variant) for t in op.inputs)
+            and op.outputs[0].dtype.is_floating
+            and all(t.shape.rank and t.shape[0] is None for t in tensors)
+            and all(t.shape[1:].is_fully_defined() for t in tensors)
+        )
+
+    def _frontier(self) -> set[str]:
+        """Return what is made of weights where it enters the varying part, siblings included."""
+        entering = {
+            r
+            for op, inputs, outputs in self._ops
+            if any(r in self._varying for r in outputs)
+            for r in inputs
+            if r in self._made and self._inside[r].dtype != tf.resource
+        } | {r for r in self._results() if r in self._made}
+        ops = {id(self._inside[r].op) for r in entering}
+        siblings = {r for op, _, outputs in self._ops if id(op) in ops for r in outputs}
+        return entering | siblings
+
+    def _known_steps(self) -> int | None:
+        """Return the most steps there can be, where `tf.while_loop` was told and it is a number."""
+        counter, limit = self._condition.arguments[:2]
+        compared = [
+            [canonical(r) for r in node.input[:2]]
+            for node in self._condition.nodes
+            if node.op == "Less"
+        ]
+        if [counter, limit] not in compared or 1 in self._moving:
+            return None
+        most = self._outer[1]
+        if most.shape.rank != 0 or not most.dtype.is_integer:
+            return None
+        # Shape inference works out what the shapes of the data say, constant folding does not.
+        return tf.zeros(tf.reshape(most, [1])).shape[0]
+
+    def _stays(self, n: int, result: str) -> bool:
+        """Tell whether a loop variable leaves each step as it came."""
+        while (node := self._nodes.get(_node(result))) and node.op == "Identity":
+            result = canonical(node.input[0])
+        return result == self._body.arguments[n]
+
+    def _staying(self) -> dict[str, tf.Tensor]:
+        """Return the arguments that stay as they are, as the tensors outside."""
+        arguments = enumerate(self._body.arguments)
+        return {r: self._outer[n] for n, r in arguments if n not in self._moving}
+
+    def _scratch(self) -> Builder:
+        """Return the body built in a scratch graph."""
+        scratch = host.scratch_graph()
+        with scratch.as_default():
+            feed = {r: host.capture(scratch, t) for r, t in self._staying().items()}
+            for n in self._moving:
+                feed[self._body.arguments[n]] = tf.compat.v1.placeholder(
+                    self._outer[n].dtype, self._shape(n)
+                )
+            inside = self._inner(self._body.nodes, feed)
+            inside.build_all()
+        return inside
+
+    def _in_order(self) -> list[tuple[Any, list[str], list[str]]]:
+        """Return the body's operations with their inputs and outputs, each after its inputs."""
+        names = {id(tensor): r for r, tensor in self._inside.made.items()}
+        return [
+            (op, [names[id(t)] for t in op.inputs], [names[id(t)] for t in op.outputs])
+            for op in self._inside.operations
+        ]
+
+    def _shape(self, n: int) -> tf.TensorShape:
+        """Return the shape that loop variable n keeps."""
+        tensor = self._outer[n]
+        if tensor.dtype in (tf.variant, tf.resource):
+            return tensor.shape
+        return tf.TensorShape(self._node.attr["output_shapes"].list.shape[n])
+
+    def _rest(self, reference: str) -> tuple[int, ...]:
+        return known(self._inside[reference].shape[1:])
+
+    def _results(self) -> list[str]:
+        return [self._body.results[n] for n in self._moving]
+
+    def _arguments(self, called: Body, moving: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Return a function's arguments: the loop variables, and what stays outside."""
+        values = dict(enumerate(self._outer)) | dict(zip(self._moving, moving, strict=True))
+        return {r: values[n] for n, r in enumerate(called.arguments)}
+
+    def _inner(self, nodes: Sequence[Any], feed: Mapping[str, tf.Tensor]) -> Builder:
+        return self._build.another(nodes, feed)
+
+    @functools.cached_property
+    def _outside(self) -> Builder:
+        """What stays the same in every step, built outside the loop."""
+        return self._inner(self._body.nodes, self._staying())
+
+    def _with_zeros(self) -> list[Any]:
+        """Return the body's nodes with something added to each meeting's result."""
+        met = {m.result for m in self._meetings}
+        nodes = []
+        for node in self._body.nodes:
+            copy = type(node)()
+            copy.CopyFrom(node)
+            copy.input[:] = [_summed(r) if canonical(r) in met else r for r in node.input]
+            nodes.append(copy)
+        for meeting in self._meetings:
+            plus = type(self._node)(name=_summed(meeting.result).removesuffix(":0"), op="AddV2")
+            plus.input[:] = [meeting.result, _zero(meeting.result)]
+            plus.attr["T"].type = meeting.op.outputs[0].dtype.as_datatype_enum
+            nodes.append(plus)
+        return nodes
+
+
+def _summed(reference: str) -> str:
+    return f"{_node(reference)}/plus_zero:0"
+
+
+def _node(reference: str) -> str:
+    return reference.partition(":")[0]
+
+
+def _zero(reference: str) -> str:
+    return f"{_node(reference)}/zero:0"
+
+
+def _acts(op: Any) -> bool:
+    """Tell whether an operation does more than compute: such are never moved out of a loop."""
+    return op.op_def.is_stateful and op.type != "ReadVariableOp"

@@ -1,0 +1,111 @@
+"""A Program in normal form: calls inlined, loops opened, what only XLA can run lowered.
+
+Only what needs it is built anew; most models pass as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.errors import SlowPathWarning
+from perjac.flatten import CALLS, Flattener
+from perjac.loops import LOOPS, Kinds, Loop, StandIn
+from perjac.lowering import CONVOLUTIONS, lower
+from perjac.rebuild import Builder
+from perjac.sites import kinds
+from perjac.trace import Program, collect
+
+
+def normalise(program: Program) -> Program:
+    """Return a program that computes the same, with every weight's site where it can be seen.
+
+    Parameters
+    ----------
+    program : Program
+        The trace.
+
+    Returns
+    -------
+    Program
+        With `origin` the trace itself.
+
+    Warns
+    -----
+    SlowPathWarning
+        Where the graph cannot be built anew: it is used as it was traced.
+    """
+    if not any(op.type in CALLS | LOOPS for op in program.graph.get_operations()):
+        return program
+    try:
+        return _rebuilt(program)
+    except Exception as failure:  # TensorFlow raises whatever an unforeseen graph runs into
+        warnings.warn(
+            f"The model's nested functions and loops could not be looked into "
+            f"({type(failure).__name__}: {str(failure).splitlines()[0][:200]}): their weights go "
+            "to the tape path.",
+            SlowPathWarning,
+            stacklevel=5,
+        )
+        return program
+
+
+def _rebuilt(program: Program) -> Program:
+    flat = Flattener(program.graph, program.graph_def)
+    stand_ins: dict[str, StandIn] = {}
+    taps: dict[str, list[str]] = {}
+
+    @tf.function(autograph=False)
+    def rebuild(*inputs):
+        graph = tf.compat.v1.get_default_graph()
+        handles = {
+            name: host.capture(graph, host.handle(program.weights.variables[n]))
+            for name, n in program.handles.items()
+        }
+        constants = {name: host.capture(graph, outer) for name, outer in program.constants.items()}
+        feed = dict(zip(program.inputs, inputs, strict=True)) | handles | constants
+        batch = tf.shape(inputs[0])[0]
+
+        def lowered(build: Builder, node: Any) -> Any:
+            outputs, made = lower(build, node)
+            stand_ins.update(made)
+            return outputs
+
+        def opened(build: Builder, node: Any) -> Any:
+            body, condition = (
+                flat.body(node.attr[name].func.name, "step/") for name in ("body", "cond")
+            )
+            build.inputs(node)
+            params, data = kinds(
+                graph, [t.name for t in inputs], [t.name for t in handles.values()]
+            )
+            with tf.name_scope(node.name):
+                loop = Loop(build, node, body, condition, Kinds(params, data))
+                outputs, made = loop.open(batch)
+            stand_ins.update(made)
+            return outputs
+
+        replacements = {node.name: opened for node in flat.nodes if node.op in LOOPS}
+        replacements |= {
+            node.name: lowered
+            for node in flat.nodes
+            if node.op in CONVOLUTIONS and node.name in flat.compiled
+        }
+        definition = program.graph_def
+        build = Builder(flat.nodes, definition.library, definition.versions, feed, replacements)
+        build.build_all()
+        taps.update(
+            {
+                layer: [name and build[flat.resolve(name)].name for name in calls]
+                for layer, calls in program.taps.items()
+            }
+        )
+        return {head: build[flat.resolve(name)] for head, name in program.heads.items()}
+
+    concrete = rebuild.get_concrete_function(*program.specs)
+    found = collect(concrete, len(program.specs), program.weights, taps)
+    return dataclasses.replace(found, stand_ins=stand_ins, origin=program)
