@@ -51,6 +51,22 @@ def conv(strides=(1, 1), padding="VALID", dilations=(1, 1), explicit=()):
     return lambda x, w: op(input=x, filter=w)
 
 
+def conv3d(stride: int, padding: str):
+    op = raw("Conv3D", strides=[1, stride, stride, 1, 1], padding=padding)
+    return lambda x, w: op(input=x, filter=w)
+
+
+def transposed(name: str, strides: tuple[int, ...], padding: str, out: tuple[int, ...], **options):
+    """From x to pictures of size `out`; the kernel is (*window, channels out, channels in)."""
+    op = raw(name, strides=[1, *strides, 1], padding=padding, **options)
+
+    def call(x, w):
+        sizes = [tf.shape(x)[0], *out, w.shape[-2]]
+        return op(input_sizes=sizes, filter=w, out_backprop=x)
+
+    return call
+
+
 def depthwise(stride: int, padding: str):
     op = raw("DepthwiseConv2dNative", strides=[1, stride, stride, 1], padding=padding)
     return lambda x, w: op(input=x, filter=w)
@@ -107,6 +123,32 @@ CASES = {
         (conv((3, 2), "SAME"), (7, 7, 2), (2, 3, 2, 3)),
         (conv((2, 3), "VALID"), (7, 8, 1), (1, 1, 1, 3)),
         (conv((1, 1), "EXPLICIT", explicit=(0, 0, 2, 1, 0, 3, 0, 0)), (4, 5, 2), (3, 2, 2, 3)),
+    ],
+    "Conv3D": [
+        (conv3d(1, "VALID"), (3, 4, 3, 2), (2, 2, 2, 2, 3)),
+        (conv3d(2, "SAME"), (4, 5, 3, 1), (3, 2, 2, 1, 2)),
+    ],
+    "Conv2DBackpropInput": [
+        (transposed("Conv2DBackpropInput", (2, 1), "SAME", (7, 4)), (4, 4, 2), (3, 2, 3, 2)),
+        (transposed("Conv2DBackpropInput", (2, 3), "VALID", (9, 8)), (4, 3, 2), (3, 2, 1, 2)),
+        (
+            transposed(
+                "Conv2DBackpropInput",
+                (2, 2),
+                "EXPLICIT",
+                (7, 6),
+                explicit_paddings=[0, 0, 2, 0, 1, 1, 0, 0],
+            ),
+            (4, 3, 2),
+            (3, 3, 1, 2),
+        ),
+    ],
+    "Conv3DBackpropInputV2": [
+        (
+            transposed("Conv3DBackpropInputV2", (2, 1, 2), "SAME", (3, 2, 4)),
+            (2, 2, 2, 2),
+            (3, 2, 2, 1, 2),
+        ),
     ],
     "DepthwiseConv2dNative": [
         (depthwise(1, "VALID"), (6, 5, 3), (3, 2, 3, 1)),

@@ -58,6 +58,31 @@ def carry_gradient(traced: Any, imported: Any) -> None:
     imported._gradient_function = traced._gradient_function
 
 
+# Operation → the name of its gradient between tensors of equal shapes. Where shapes are not all
+# known, TensorFlow's own takes ten operations to find out along which axes to sum: none here.
+ALIKE = {name: f"PerjacAlike{name}" for name in ("Add", "AddV2", "Sub", "Mul")}
+# Operation → the name of its gradient for the first operand alone. TensorFlow's own works the
+# second one's out too, for which a loop keeps the first, step by step, even if nobody asks.
+FIRST = {name: f"PerjacFirst{name}" for name in ("MatMul",)}
+
+
+def _matmul_first(op: Any, dy: tf.Tensor) -> tuple[tf.Tensor, None]:
+    w, transposed = op.inputs[1], op.get_attr("transpose_b")
+    if op.get_attr("transpose_a"):
+        return tf.matmul(w, dy, transpose_a=transposed, transpose_b=True), None
+    return tf.matmul(dy, w, transpose_b=not transposed), None
+
+
+for _name, _gradient in {
+    ALIKE["Add"]: lambda op, dy: (dy, dy),
+    ALIKE["AddV2"]: lambda op, dy: (dy, dy),
+    ALIKE["Sub"]: lambda op, dy: (dy, -dy),
+    ALIKE["Mul"]: lambda op, dy: (dy * op.inputs[1], dy * op.inputs[0]),
+    FIRST["MatMul"]: _matmul_first,
+}.items():
+    tf.RegisterGradient(_name)(_gradient)
+
+
 def tf_variable(variable: Any) -> tf.Variable:
     """Return the `tf.Variable` behind a Keras or TensorFlow variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable

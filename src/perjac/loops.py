@@ -4,7 +4,13 @@ The loop is built anew. In every step a zero is added to the result of each oper
 weight meets the data, and the data there is kept. The gradient of the output with respect to the
 zeros is that operation's cotangent, step by step, so one operation outside the loop, over the steps
 laid one after another, stands in for the one inside: it is never run, it is the site that a rule
-reads. The loop itself, and so its speed, stays as it was.
+reads.
+
+A step of TensorFlow's reverse loop is dozens of tiny operations, so what it need not do is kept out
+of it. The zeros are popped off a list: a read by number has a gradient of four operations where a
+pop has one. What is kept, and the weights that meet the data outside, pass through the loop as
+integers of the same bits, which nobody differentiates. And where two tensors with the batch in
+front are alike, their sum or product goes back without a search for broadcast axes.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from perjac.rebuild import Builder, alone
 from perjac.shapes import known
 
 LOOPS = {"While", "StatelessWhile"}
+_SAME_SIZE = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +59,15 @@ class StandIn:
 class _Meeting:
     """An operation of the body at which weights meet the data.
 
-    `data` are the inputs to be kept step by step, by number.
+    `data` are the inputs to be kept step by step, by number; `place` is a tensor that has the same
+    cotangent as the result.
     """
 
     op: Any
     result: str
     inputs: list[str]
     data: dict[int, str]
+    place: str
 
 
 class Loop:
@@ -92,6 +101,7 @@ class Loop:
         self._varying = {body.arguments[n] for n in self._moving}
         self._varying |= {r for r, name in staying.items() if name in kinds.data}
         self._ops = self._in_order()
+        self._users = [(op, inputs, outputs) for op, inputs, outputs in self._ops if outputs]
         for op, inputs, outputs in self._ops:
             if _acts(op) or any(r in self._varying for r in inputs):
                 self._varying.update(outputs)
@@ -117,44 +127,45 @@ class Loop:
         """
         steps = self._steps or 0
         zeros = {
-            m.result: tf.zeros([steps * batch, *self._rest(m.result)], m.op.outputs[0].dtype)
-            for m in self._meetings
+            r: tf.zeros([steps * batch, *self._rest(r)], self._inside[r].dtype)
+            for r in dict.fromkeys(m.place for m in self._meetings)
         }
-        added = {
-            r: tf.TensorArray(z.dtype, steps).unstack(tf.reshape(z, [steps, batch, *z.shape[1:]]))
-            for r, z in zeros.items()
-        }
+        lists = [_list_of(tf.reshape(z, [steps, batch, *z.shape[1:]])) for z in zeros.values()]
         kept = list(dict.fromkeys(r for m in self._meetings for r in m.data.values()))
         arrays = [
-            tf.TensorArray(self._inside[r].dtype, steps, element_shape=[None, *self._rest(r)])
-            for r in kept
+            tf.TensorArray(_disguise(t), steps, element_shape=[None, *known(t.shape[1:])])
+            for t in map(self._inside.__getitem__, kept)
         ]
         made = {r: self._outside[r] for r in self._frontier()}
-        for r in set(made) - self._hidden:
-            made[r] = tf.stop_gradient(made[r])  # it meets the data outside
+        disguised = {r: tf.bitcast(made[r], _disguise(made[r])) for r in set(made) - self._hidden}
 
-        def step(number: Any, arrays: Any, *moving: Any) -> tuple:
-            zero = {_zero(r): array.read(number) for r, array in added.items()}
-            inner = self._inner(
-                self._with_zeros(), self._arguments(self._body, moving) | made | zero
-            )
-            found = [inner[_summed(r) if r in added else r] for r in self._results()]
-            data = [inner[_summed(r) if r in added else r] for r in kept]
-            written = [a.write(number, t) for a, t in zip(arrays, data, strict=True)]
-            return (number + 1, written, *found)
+        def step(number: Any, lists: Any, arrays: Any, *moving: Any) -> tuple:
+            popped = [_pop(rest, zero) for rest, zero in zip(lists, zeros.values(), strict=True)]
+            feed = made | {r: tf.bitcast(t, made[r].dtype) for r, t in disguised.items()}
+            feed |= {_zero(r): zero for r, (_, zero) in zip(zeros, popped, strict=True)}
+            inner = self._inner(self._with_zeros(), self._arguments(self._body, moving) | feed)
+            found = [inner[_summed(r) if r in zeros else r] for r in self._results()]
+            data = [inner[_summed(r) if r in zeros else r] for r in kept]
+            # The last zero is popped first, so the first step is kept last.
+            arrays = [
+                array.write(steps - 1 - number, tf.bitcast(t, _disguise(t)))
+                for array, t in zip(arrays, data, strict=True)
+            ]
+            return (number + 1, [rest for rest, _ in popped], arrays, *found)
 
-        def goes_on(_: Any, arrays: Any, *moving: Any) -> tf.Tensor:
+        def goes_on(number: Any, lists: Any, arrays: Any, *moving: Any) -> tf.Tensor:
             condition = self._condition
             return self._inner(condition.nodes, self._arguments(condition, moving))[
                 condition.results[0]
             ]
 
-        _, arrays, *ended = tf.while_loop(
+        _, _, arrays, *ended = tf.while_loop(
             goes_on,
             step,
-            (tf.constant(0), arrays, *(self._outer[n] for n in self._moving)),
+            (tf.constant(0), lists, arrays, *(self._outer[n] for n in self._moving)),
             shape_invariants=(
                 tf.TensorShape([]),
+                [tf.TensorShape([])] * len(lists),
                 [tf.TensorShape([])] * len(arrays),
                 *(self._shape(n) for n in self._moving),
             ),
@@ -163,11 +174,11 @@ class Loop:
         results = list(self._outer)
         for n, tensor in zip(self._moving, ended, strict=True):
             results[n] = tensor
-        laid_out = {
-            r: tf.reshape(array.stack(), [steps * batch, *self._rest(r)])
-            for r, array in zip(kept, arrays, strict=True)
-        }
-        return results, dict(self._stand_in(m, laid_out, zeros[m.result]) for m in self._meetings)
+        laid_out = {}
+        for r, array in zip(kept, arrays, strict=True):
+            steps_of_data = tf.bitcast(array.stack(), self._inside[r].dtype)
+            laid_out[r] = tf.reshape(steps_of_data, [steps * batch, *self._rest(r)])
+        return results, dict(self._stand_in(m, laid_out, zeros[m.place]) for m in self._meetings)
 
     def _stand_in(
         self, meeting: _Meeting, laid_out: Mapping[str, tf.Tensor], zero: tf.Tensor
@@ -187,14 +198,29 @@ class Loop:
             made = {r for r in inputs if r in self._made}
             if not made or not any(r in self._varying for r in outputs):
                 continue
-            meeting = _Meeting(
-                op, outputs[0], inputs, {n: r for n, r in enumerate(inputs) if r in self._varying}
-            )
+            data = {n: r for n, r in enumerate(inputs) if r in self._varying}
+            meeting = _Meeting(op, outputs[0], inputs, data, self._summed_up(outputs[0]))
             if self._steps and self._fits(meeting):
                 found.append(meeting)
             else:
                 hidden |= made
         return [m for m in found if not hidden & set(m.inputs)], hidden
+
+    def _summed_up(self, reference: str) -> str:
+        """Follow a tensor through the sums it is a mere term of: they have its cotangent.
+
+        One zero then serves an LSTM's two products and its bias.
+        """
+        users = [
+            result for _, inputs, [result, *_] in self._users for r in inputs if r == reference
+        ]
+        if len(users) != 1 or reference in self._results():
+            return reference
+        (result,) = users
+        sums = ("Add", "AddV2", "BiasAdd", "Identity")
+        if self._nodes[_node(result)].op not in sums or not self._are_alike(reference, result):
+            return reference
+        return self._summed_up(result)
 
     def _fits(self, meeting: _Meeting) -> bool:
         """Tell whether the data and the result have the batch, and only that, as unknown axis."""
@@ -298,19 +324,45 @@ class Loop:
 
     def _with_zeros(self) -> list[Any]:
         """Return the body's nodes with something added to each meeting's result."""
-        met = {m.result for m in self._meetings}
+        met = dict.fromkeys(m.place for m in self._meetings)
         nodes = []
         for node in self._body.nodes:
             copy = type(node)()
             copy.CopyFrom(node)
             copy.input[:] = [_summed(r) if canonical(r) in met else r for r in node.input]
+            gradient = self._gradient(node)
+            if gradient:
+                copy.attr["_gradient_op_type"].s = gradient.encode()
             nodes.append(copy)
-        for meeting in self._meetings:
-            plus = type(self._node)(name=_summed(meeting.result).removesuffix(":0"), op="AddV2")
-            plus.input[:] = [meeting.result, _zero(meeting.result)]
-            plus.attr["T"].type = meeting.op.outputs[0].dtype.as_datatype_enum
+        for place in met:
+            plus = type(self._node)(name=_summed(place).removesuffix(":0"), op="AddV2")
+            plus.input[:] = [place, _zero(place)]
+            plus.attr["T"].type = self._inside[place].dtype.as_datatype_enum
+            plus.attr["_gradient_op_type"].s = host.ALIKE["AddV2"].encode()
             nodes.append(plus)
         return nodes
+
+    def _gradient(self, node: Any) -> str:
+        """Return the name of a gradient that does less than TensorFlow's own, or nothing."""
+        operands = [canonical(r) for r in node.input if not r.startswith("^")]
+        if node.op in host.ALIKE and self._are_alike(*operands):
+            return host.ALIKE[node.op]
+        if node.op in host.FIRST and operands[1] in self._made - self._hidden:
+            return host.FIRST[node.op]
+        return ""
+
+    def _are_alike(self, left: str, right: str) -> bool:
+        """Tell whether both tensors vary and have the batch in front of the same known axes.
+
+        With the batch unknown, an axis that varies and is no batch has lost its examples, and
+        models in which examples meet are refused.
+        """
+        shapes = [self._inside[r].shape for r in (left, right)]
+        return (
+            {left, right} <= self._varying
+            and all(s.rank and s[0] is None and s[1:].is_fully_defined() for s in shapes)
+            and shapes[0].as_list() == shapes[1].as_list()
+        )
 
 
 def _summed(reference: str) -> str:
@@ -323,6 +375,28 @@ def _node(reference: str) -> str:
 
 def _zero(reference: str) -> str:
     return f"{_node(reference)}/zero:0"
+
+
+def _list_of(steps: tf.Tensor) -> tf.Tensor:
+    return tf.raw_ops.TensorListFromTensor(tensor=steps, element_shape=_element(steps))
+
+
+def _pop(held: tf.Tensor, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return a list without its last element, and that element, (B, ...) of (T·B, ...)."""
+    popped = tf.raw_ops.TensorListPopBack(
+        input_handle=held, element_shape=[-1, *known(like.shape[1:])], element_dtype=like.dtype
+    )
+    return popped.output_handle, tf.ensure_shape(popped.tensor, [None, *like.shape[1:]])
+
+
+def _element(steps: tf.Tensor) -> list[int]:
+    return [-1, *known(steps.shape[2:])]
+
+
+def _disguise(tensor: tf.Tensor) -> tf.DType:
+    """Return a type of the same size that has no derivative."""
+    dtype = tensor.dtype
+    return _SAME_SIZE[dtype.size] if dtype.is_floating else dtype
 
 
 def _acts(op: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -14,16 +15,16 @@ from perjac.rules.registry import rule
 from perjac.shapes import known
 
 
-@rule("Conv2D")
+@rule("Conv2D", "Conv3D")
 def convolution(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y[t] = Σ_w x[t+w] W[w], so J[w,i,o] = Σ_t x[t+w,i] δ[t,o]: an Outer over patches of x."""
-    _only_kernel(site)
+    _only_kernel(site, data=0)
     *window, inputs, outputs = known(site.weight.shape)
-    x, delta, out = _channels_last(site, delta)
-    strides, dilations = _spatial(site, "strides"), _spatial(site, "dilations")
-    x = _padded(site, x, window, strides, dilations)
-    patches = Patches(x, tuple(window), strides, dilations, tuple(out), site.fold)
-    t = site.fold * math.prod(patches.output)
+    form = _Form.of(site)
+    x, delta = form.channels_last(site.stacked(0), 1), form.channels_last(delta, 3)
+    out = known(delta.shape[3:-1])
+    patches = form.patches(x, window, out, site.fold)
+    t = site.fold * math.prod(out)
     count = delta.shape[1] or tf.shape(delta)[1]
     groups = known(x.shape[1:])[-1] // inputs
     if groups == 1:
@@ -42,6 +43,26 @@ def convolution(site: BoundSite, delta: tf.Tensor) -> Factor:
     return Grouped(layout, columns, tf.reshape(delta, [site.batch, count, t, groups, share]))
 
 
+@rule("Conv2DBackpropInput", "Conv3DBackpropInputV2")
+def transposed_convolution(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y[t+w] = Σ_t W[w] x[t], so J[w,i,o] = Σ_t δ[t+w,i] x[t,o]: the data and δ change places."""
+    _only_kernel(site, data=2)
+    *window, inputs, outputs = known(site.weight.shape)
+    form = _Form.of(site)
+    x, delta = form.channels_last(site.stacked(2), 1), form.channels_last(delta, 3)
+    positions = known(x.shape[1:-1])
+    t = site.fold * math.prod(positions)
+    count = delta.shape[1] or tf.shape(delta)[1]
+    pictures = tf.reshape(delta, [-1, *delta.shape[3:]])
+    seen = form.patches(pictures, window, positions, site.fold).columns()
+    columns = math.prod(window) * inputs
+    return Outer(
+        site.layout.reshape([columns, outputs]).transpose([1, 0]),
+        tf.reshape(x, [site.batch, t, outputs]),
+        tf.reshape(seen, [site.batch, count, t, columns]),
+    )
+
+
 @rule("DepthwiseConv2dNative")
 def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
     """Each channel has kernels of its own: the rows are few, so they are formed at once.
@@ -49,13 +70,14 @@ def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
     The batch, the rows and the folded positions go into the channels of one ordinary backward
     pass, (1, H, W, B·K·F·C): 2.2 ms where a patch for every position takes 63 (48×48×96, B = 8).
     """
-    _only_kernel(site)
-    if set(site.attr("dilations")) != {1}:
-        raise NoRule("a dilated depthwise convolution")
+    _only_kernel(site, data=0)
     height, width, channels, multiplier = known(site.weight.shape)
-    x, delta, out = _channels_last(site, delta)
-    strides = _spatial(site, "strides")
-    x = _padded(site, x, [height, width], strides, (1, 1))
+    form = _Form.of(site)
+    if set(form.dilations) != {1}:
+        raise NoRule("a dilated depthwise convolution")
+    x, delta = form.channels_last(site.stacked(0), 1), form.channels_last(delta, 3)
+    out = known(delta.shape[3:-1])
+    x = form.padded(x, [height, width])
     count = delta.shape[1] or tf.shape(delta)[1]
     maps = site.batch * count * site.fold
     # x (B·F, H, W, C) once for each row: (H, W, B, K, F, C).
@@ -68,7 +90,7 @@ def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
         input=seen,
         filter_sizes=[height, width, maps * channels, multiplier],
         out_backprop=tf.reshape(delta, [1, *out, maps * channels * multiplier]),
-        strides=[1, *strides, 1],
+        strides=[1, *form.strides, 1],
         padding="VALID",
     )
     rows = tf.reshape(rows, [height, width, site.batch, count, site.fold, channels, multiplier])
@@ -76,51 +98,64 @@ def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
     return Explicit(site.layout, rows)
 
 
-def _only_kernel(site: BoundSite) -> None:
+def _only_kernel(site: BoundSite, data: int) -> None:
     if site.operand != 1:
         raise NoRule("the weight is the picture, not the kernel")
-    if (
-        not site.output.shape[1:].is_fully_defined()
-        or not site.op.inputs[0].shape[1:].is_fully_defined()
-    ):
+    pictures = [site.output, site.op.inputs[data]]
+    if not all(picture.shape[1:].is_fully_defined() for picture in pictures):
         raise NoRule("the picture's size is unknown")
 
 
-def _channels_last(site: BoundSite, delta: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[int]]:
-    """Return x, δ and the output's spatial size with the channels as the last axis."""
-    x, out = site.stacked(0), list(known(site.output.shape[1:]))
-    if site.attr("data_format") == "NHWC":
-        return x, delta, out[:-1]
-    return tf.transpose(x, [0, 2, 3, 1]), tf.transpose(delta, [0, 1, 2, 4, 5, 3]), out[1:]
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A convolution's attributes, along the spatial axes only.
 
+    `padding` is "VALID", "SAME", or (before, after) for each axis.
+    """
 
-def _spatial(site: BoundSite, name: str) -> tuple[int, int]:
-    """Return an attribute that has an entry for each axis, along the spatial axes only."""
-    values = list(site.attr(name))
-    return tuple(values[1:3] if site.attr("data_format") == "NHWC" else values[2:4])  # type: ignore
+    channels_first: bool
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
 
+    @classmethod
+    def of(cls, site: BoundSite) -> _Form:
+        first = site.attr("data_format") in ("NCHW", "NCDHW")
+        spatial = slice(2, None) if first else slice(1, -1)
+        padding = site.attr("padding")
+        if padding == "EXPLICIT":
+            ends = list(site.attr("explicit_paddings"))
+            padding = tuple(zip(ends[::2], ends[1::2], strict=True))[spatial]
+        strides, dilations = (tuple(site.attr(n))[spatial] for n in ("strides", "dilations"))
+        return cls(first, strides, dilations, padding)
 
-def _padded(
-    site: BoundSite,
-    x: tf.Tensor,
-    window: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-) -> tf.Tensor:
-    """Pad x (N, H, W, C) with the zeros that the operation's padding stands for."""
-    padding = site.attr("padding")
-    if padding == "VALID":
-        return x
-    if padding == "EXPLICIT":
-        pairs = list(site.attr("explicit_paddings"))
-        start = 2 if site.attr("data_format") == "NHWC" else 4
-        spatial = [pairs[start : start + 2], pairs[start + 2 : start + 4]]
-    else:
-        spatial = []
+    def channels_last(self, tensor: tf.Tensor, lead: int) -> tf.Tensor:
+        """Return (*lead, *spatial, channels)."""
+        if not self.channels_first:
+            return tensor
+        rank = len(tensor.shape)
+        return tf.transpose(tensor, [*range(lead), *range(lead + 1, rank), lead])
+
+    def padded(self, x: tf.Tensor, window: Sequence[int]) -> tf.Tensor:
+        """Pad x (N, *spatial, channels) with the zeros that the padding stands for."""
+        if self.padding == "VALID":
+            return x
+        ends = self.padding if isinstance(self.padding, tuple) else self._same(x, window)
+        return tf.pad(x, [[0, 0], *ends, [0, 0]])
+
+    def _same(self, x: tf.Tensor, window: Sequence[int]) -> list[tuple[int, int]]:
+        ends = []
         for length, size, stride, dilation in zip(
-            known(x.shape[1:3]), window, strides, dilations, strict=True
+            known(x.shape[1:-1]), window, self.strides, self.dilations, strict=True
         ):
             reach = (size - 1) * dilation + 1
             total = max((-(-length // stride) - 1) * stride + reach - length, 0)
-            spatial.append([total // 2, total - total // 2])
-    return tf.pad(x, [[0, 0], *spatial, [0, 0]])
+            ends.append((total // 2, total - total // 2))
+        return ends
+
+    def patches(
+        self, x: tf.Tensor, window: Sequence[int], out: Sequence[int], fold: int
+    ) -> Patches:
+        """Return what each of `out` positions sees of x (N·fold, *spatial, channels)."""
+        padded = self.padded(x, window)
+        return Patches(padded, tuple(window), self.strides, self.dilations, tuple(out), fold)
