@@ -42,12 +42,11 @@ class Ids:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model to test: how it is built, what it eats, and what is promised about it."""
+    """A model to test, no weight of which may take the tape path: how it is built, what it eats."""
 
     name: str
     build: Callable[[], Any]  # a keras.Model, a tf.Module, or (function, variables)
     example: Any  # Floats or Ids, nested like the model's input
-    factored: bool  # perjac promises that no weight of it takes the tape path
     outputs: tuple[int, ...] | None  # the few outputs to look at where all would be dear
     slow: bool
 
@@ -119,11 +118,11 @@ def randomise(weights: list[Any], seed: int = 0) -> None:
 MODELS: dict[str, Case] = {}
 
 
-def case(example: Any, *, factored: bool = False, outputs=None, slow: bool = False):
+def case(example: Any, *, outputs=None, slow: bool = False):
     """Enter the decorated builder into MODELS under its own name."""
 
     def enter(build: Callable[[], Any]) -> Callable[[], Any]:
-        MODELS[build.__name__] = Case(build.__name__, build, example, factored, outputs, slow)
+        MODELS[build.__name__] = Case(build.__name__, build, example, outputs, slow)
         return build
 
     return enter
@@ -133,7 +132,7 @@ def variable(*shape: int) -> tf.Variable:
     return tf.Variable(tf.zeros(shape, keras.config.floatx()))
 
 
-@case(Floats((8,)), factored=True)
+@case(Floats((8,)))
 def seed():
     return keras.Sequential(
         [
@@ -145,7 +144,7 @@ def seed():
     )
 
 
-@case(Floats((6,)), factored=True)
+@case(Floats((6,)))
 def mlp():
     return keras.Sequential(
         [
@@ -158,7 +157,7 @@ def mlp():
     )
 
 
-@case(Floats((28, 28, 1)), factored=True, outputs=(0, 4, 9))
+@case(Floats((28, 28, 1)), outputs=(0, 4, 9))
 def lenet():
     return keras.Sequential(
         [
@@ -175,7 +174,7 @@ def lenet():
     )
 
 
-@case(Floats((784,)), factored=True, outputs=(2, 7))
+@case(Floats((784,)), outputs=(2, 7))
 def mlp_784():
     return keras.Sequential(
         [
@@ -187,7 +186,7 @@ def mlp_784():
     )
 
 
-@case(Floats((28, 28, 1)), factored=True, outputs=(1, 8))
+@case(Floats((28, 28, 1)), outputs=(1, 8))
 def cnn():
     return keras.Sequential(
         [
@@ -203,14 +202,14 @@ def cnn():
     )
 
 
-@case(Floats((64, 64, 3)), factored=True, outputs=(2,), slow=True)
+@case(Floats((64, 64, 3)), outputs=(2,), slow=True)
 def mobilenet_v2():
     return keras.applications.MobileNetV2(
         input_shape=(64, 64, 3), weights=None, classes=3, classifier_activation=None
     )
 
 
-@case(Floats((64, 64, 3)), factored=True, outputs=(1,), slow=True)
+@case(Floats((64, 64, 3)), outputs=(1,), slow=True)
 def resnet50():
     return keras.applications.ResNet50(
         input_shape=(64, 64, 3), weights=None, classes=3, classifier_activation=None
@@ -237,7 +236,7 @@ def encoder(x, blocks: int, width: int):
     return x
 
 
-@case(Ids((5,), below=9), factored=True)
+@case(Ids((5,), below=9))
 def transformer():
     ids = keras.Input((5,), dtype="int32")
     x = Positions(name="positions")(layers.Embedding(9, 8)(ids))
@@ -245,7 +244,7 @@ def transformer():
     return keras.Model(ids, layers.Dense(3)(x))
 
 
-@case(Ids((4,), below=6), factored=True)
+@case(Ids((4,), below=6))
 def transformer_per_token():
     ids = keras.Input((4,), dtype="int32")
     x = Positions(name="positions")(layers.Embedding(6, 4)(ids))
@@ -265,14 +264,14 @@ class TiedLanguageModel(keras.Model):
         return ops.matmul(hidden[:, -1], ops.transpose(self.embedding.embeddings))
 
 
-@case(Ids((4,), below=7), factored=True)
+@case(Ids((4,), below=7))
 def tied_embedding():
     model = TiedLanguageModel()
     model(np.zeros((1, 4), "int32"))
     return model
 
 
-@case([Floats((4,)), Floats((4,))], factored=True)
+@case([Floats((4,)), Floats((4,))])
 def shared_dense():
     left, right = keras.Input((4,)), keras.Input((4,))
     shared = layers.Dense(6, activation="tanh", name="shared")

@@ -216,11 +216,6 @@ def gru():
     return sequential((5, 3), layers.GRU(4))
 
 
-# pfor cannot convert the loop of the first two, and mistakes the gradient of the third: the tape
-# goes example by example, and a warning says so.
-EXAMPLE_BY_EXAMPLE = ("lstm", "gru", "conv2d_grouped")
-
-
 class Weighted(layers.Layer):
     """A layer whose `weight_shape` and `apply` its subclass states."""
 

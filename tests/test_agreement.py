@@ -9,25 +9,18 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import MODELS, floats, randomise
-from small_models import EXAMPLE_BY_EXAMPLE
 from subjects import EVERY_MODEL, chosen, engine, expected, flat_rows, names, subject
 
 import perjac as pj
 
 
 def each(wanted):
-    """Parametrise over models, with the marks that the slow and the looping ones need."""
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in wanted])
-
-
-def _marks(name: str) -> list:
-    slow = [pytest.mark.slow] if MODELS[name].slow else []
-    loop = pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")
-    return [*slow, loop] if name in EXAMPLE_BY_EXAMPLE else slow
+    """Parametrise over models, the large ones marked as slow."""
+    marks = {n: [pytest.mark.slow] if MODELS[n].slow else [] for n in wanted}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks[n]) for n in wanted])
 
 
 every_model = each(EVERY_MODEL)
-promised_model = each([n for n in EVERY_MODEL if MODELS[n].factored])
 
 
 def weight_rows(name: str, dtype: str, path: str = "auto") -> list[np.ndarray]:
@@ -42,7 +35,7 @@ def test_weight_jacobians_agree_with_the_oracle(name, dtype):
     oracle.assert_agree(found, expected(name), dtype, names(subject(name, dtype).trainable))
 
 
-@promised_model
+@every_model
 def test_no_weight_takes_the_tape_path(name):
     x = subject(name, "float32").x
     rows = engine(name, "float32", "auto").inspect(batch_size=4, x=x).rows
@@ -57,6 +50,7 @@ ON_THE_TAPE = [
 
 
 @each(ON_THE_TAPE)
+@pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")  # loops go one by one
 def test_tape_path_agrees_with_the_oracle(name):
     found = weight_rows(name, "float64", path="tape")
     oracle.assert_agree(found, expected(name), "float64")
