@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from perjac.memory import readable
 from perjac.plan import Decision
 
-_HEADERS = ["weight", "shape", "meets the data at", "rule → factor", "path", "why", "held", "rows"]
+_HEADERS = [
+    "weight", "shape", "meets the data at", "parametrisation", "rule → factor", "path", "why",
+    "held", "rows",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Row:
         Its shape.
     sites : tuple of str
         The operations at which it meets the data.
+    parametrisation : tuple of str
+        For each site, the operations between the weight and there; "–" for the weight itself.
     rule : str
         What the rules make of them.
     factor : tuple of str
@@ -39,6 +44,7 @@ class Row:
     weight: str
     shape: tuple[int, ...]
     sites: tuple[str, ...]
+    parametrisation: tuple[str, ...]
     rule: str
     factor: tuple[str, ...]
     path: str
@@ -80,6 +86,7 @@ class Inspection:
                 row.weight,
                 "×".join(map(str, row.shape)) or "scalar",
                 "\n".join(row.sites) or "–",
+                "\n".join(row.parametrisation) or "–",
                 row.rule,
                 row.path,
                 row.reason,
@@ -131,6 +138,7 @@ def _row(decision: Decision, batch_size: int, outputs: int) -> Row:
         weight=source.key,
         shape=source.shape,
         sites=tuple(f"{site.type} {site.operation}" for site in decision.sites),
+        parametrisation=tuple(" → ".join(site.through) or "–" for site in decision.sites),
         rule=rules or ("tape.jacobian" if decision.path == "tape" else "–"),
         factor=tuple(rule.partition("→ ")[2] for rule in decision.rules),
         path=decision.path,

@@ -101,7 +101,7 @@ def decide(
     decisions = []
     for source in weights:
         mine = tuple(s for s in live if source.index in s.variables)
-        decision = _decide_one(source, mine, found, path)
+        decision = _decide_one(source, mine, found, path, count)
         if path == "factored" and decision.path == "tape":
             raise PathError(
                 f"path='factored', but weight {source.key!r} needs the tape path: "
@@ -118,7 +118,11 @@ def _reaches(program: Program, operation: str, needed: set[str]) -> bool:
 
 
 def _decide_one(
-    source: Source, sites: tuple[Site, ...], found: Mapping[Site, Factor | str], path: str
+    source: Source,
+    sites: tuple[Site, ...],
+    found: Mapping[Site, Factor | str],
+    path: str,
+    count: int,
 ) -> Decision:
     if path == "tape":
         return Decision(source, sites, "tape", (), "path='tape' was asked for", source.size)
@@ -130,8 +134,9 @@ def _decide_one(
         return Decision(source, sites, "factored", (), "the output does not depend on it", 0)
     factors: list[Any] = [found[site] for site in sites]
     described = tuple(describe(factor, site) for factor, site in zip(factors, sites, strict=True))
-    held = [
-        source.size if s.layout is None else f.entries for f, s in zip(factors, sites, strict=True)
+    held = [  # what is pulled back through a parametrisation is held as rows
+        count * source.size if s.layout is None else f.entries
+        for f, s in zip(factors, sites, strict=True)
     ]
     reason = "every site has a rule" if len(sites) > 1 else "its site has a rule"
     return Decision(

@@ -31,6 +31,8 @@ class Site:
         The variables that ψ is made of.
     layout : Relabelling or None
         From the variable to ψ, where ψ only relabels one variable; else None.
+    through : tuple of str
+        The types of the operations that ψ consists of, in their order in the trace.
     """
 
     operation: str
@@ -39,6 +41,7 @@ class Site:
     psi: str
     variables: frozenset[int]
     layout: Relabelling | None
+    through: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +78,12 @@ def flow(program: Program) -> Flow:
         {name: frozenset([n]) for name, n in program.handles.items()},
     )
     sites = [
-        Site(op.name, op.type, i, name, params[name], _layout(op.inputs[i], program))
+        Site(
+            op.name, op.type, i, name, params[name],
+            _layout(op.inputs[i], program), _through(op.inputs[i], params),
+        )
         for op, i, name in meetings
-    ]
+    ]  # fmt: skip
     return Flow(data, values, params, tuple(sites))
 
 
@@ -140,6 +146,24 @@ def _is_known(tensor: Any) -> bool:
 
 def _carries_derivative(tensor: Any) -> bool:
     return tensor.dtype.is_floating or tensor.dtype.is_complex or tensor.dtype == tf.resource
+
+
+def _through(psi: Any, params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the types of the operations between variables and ψ, reading them left out."""
+    found: dict[str, str] = {}
+
+    def visit(tensor: Any) -> None:
+        op = tensor.op
+        if op.name in found or tensor.name not in params or op.type == "ReadVariableOp":
+            return
+        found[op.name] = ""
+        for operand in op.inputs:
+            visit(operand)
+        del found[op.name]  # and back in, after what it is made of
+        found[op.name] = op.type
+
+    visit(psi)
+    return tuple(kind for kind in found.values() if kind not in ("Identity", "Placeholder"))
 
 
 def _layout(psi: Any, program: Program) -> Relabelling | None:

@@ -10,10 +10,23 @@ from perjac.rules.registry import rule
 from perjac.shapes import known
 
 
-@rule("Add", "AddV2", "BroadcastTo")
+@rule("Add", "AddV2", "BroadcastTo", "Fill")
 def add(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y = x + W, so J = δ, summed over the axes along which W is broadcast."""
     return _reduced(site, delta)
+
+
+@rule("Tile")
+def tile(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = W over and over, so J = δ, summed over the copies; once for each example in front."""
+    own, out = known(site.weight.shape), known(site.output.shape[1:])
+    if not own or own[0] != 1:
+        raise NoRule("the weight has an entry of its own for each example of the batch")
+    copies = [n for whole, part in zip(out, own[1:], strict=True) for n in (whole // part, part)]
+    lead = [site.batch, delta.shape[1] or tf.shape(delta)[1]]
+    split = tf.reshape(delta, [*lead, site.fold, *copies])
+    rows = tf.reduce_sum(split, [2, *range(3, 3 + len(copies), 2)])
+    return Explicit(site.layout, tf.reshape(rows, [*lead, *own]))
 
 
 @rule("BiasAdd")
@@ -45,10 +58,35 @@ def divide(site: BoundSite, delta: tf.Tensor) -> Factor:
     return _reduced(site, -delta * result / site.weight)
 
 
-@rule("Maximum", "Minimum", "SquaredDifference", "Pow", "SelectV2")
+@rule("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+def batch_normalisation(site: BoundSite, delta: tf.Tensor) -> Factor:
+    """y = γ (x - μ) (σ² + ε)^-½ + β, so J = δ ∘ (x - μ) (σ² + ε)^-½ for γ, and δ for β.
+
+    TensorFlow takes μ and σ² for constants.
+    """
+    if site.attr("is_training"):
+        raise NoRule("a batch normalisation in training mode")
+    if site.operand > 2:
+        raise NoRule("TensorFlow has no derivative by a fused normalisation's mean and variance")
+    x, _, _, mean, variance = site.op.inputs
+    first = site.attr("data_format") == "NCHW"
+    after = len(site.output.shape) - 2 if first else 0
+
+    def along_channels(v: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.reshape(v, [-1, *[1] * after]), site.output.dtype)
+
+    if site.operand == 1:
+        scale = along_channels(tf.math.rsqrt(variance + site.attr("epsilon")))
+        z = (x - along_channels(mean)) * scale
+        delta *= tf.expand_dims(site.unfold(z), 1)
+    return _reduced(site, tf.cast(delta, site.weight.dtype), after)
+
+
+@rule("Div", "DivNoNan", "Xdivy", "Xlogy", "MulNoNan", "Atan2", "Pow", "SquaredDifference")
+@rule("Maximum", "Minimum", "SelectV2")
 def entrywise(site: BoundSite, delta: tf.Tensor) -> Factor:
     """y = f(x, W) entry by entry, so J = δ ∘ ∂f/∂W, the partial from TensorFlow itself."""
-    names = {"SelectV2": ("condition", "t", "e")}.get(site.op.type, ("x", "y"))
+    names = [argument.name for argument in site.op.op_def.input_arg]
     # A copy of W for each entry of y: its gradient is the partial derivative, entry by entry.
     spread = tf.broadcast_to(site.weight, tf.shape(site.output))
     arguments = dict(zip(names, site.op.inputs, strict=True))
