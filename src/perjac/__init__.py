@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perjac import errors, saliency
     from perjac.engine import Engine
     from perjac.errors import PerjacError, PerjacWarning
+    from perjac.inputs import call
     from perjac.jacobian import Jacobian
     from perjac.sources import activation
 
@@ -23,6 +24,7 @@ _HOME = {
     "PerjacError": "perjac.errors",
     "PerjacWarning": "perjac.errors",
     "activation": "perjac.sources",
+    "call": "perjac.inputs",
 }
 _MODULES = {"errors": "perjac.errors", "saliency": "perjac.saliency"}
 
@@ -33,6 +35,7 @@ __all__ = [
     "PerjacWarning",
     "__version__",
     "activation",
+    "call",
     "errors",
     "saliency",
 ]

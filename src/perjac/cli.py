@@ -22,11 +22,14 @@ app = typer.Typer(
     help="Per-example Jacobians and saliency of Keras models.",
 )
 
-Model = Annotated[str, typer.Argument(help="A .keras or .h5 file.")]
+Model = Annotated[str, typer.Argument(help="A .keras or .h5 file, or a SavedModel.")]
 DataPath = Annotated[str, typer.Argument(help=".npy, .npz, .csv, an image, or a folder of them.")]
 Code = Annotated[
     bool,
     typer.Option("--allow-code", help="Run Python code stored in the model file: trust it first."),
+]
+Signature = Annotated[
+    str | None, typer.Option(help="Which function of a SavedModel; its only one by default.")
 ]
 Log = Annotated[str | None, typer.Option(help="Where TensorFlow's own messages go.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
@@ -70,14 +73,16 @@ def _options(
 
 
 @contextlib.contextmanager
-def _engine(model: str, log: str | None, allow_code: bool) -> Iterator[tuple[Screen, Any]]:
+def _engine(
+    model: str, signature: str | None, log: str | None, allow_code: bool
+) -> Iterator[tuple[Screen, Any]]:
     """Load a model with the screen kept clean."""
     with quiet(log) as screen:
         from perjac import Engine, files
 
         if allow_code:
             screen.complain("Warning: --allow-code runs the Python code stored in the model file.")
-        yield screen, Engine(files.load_model(model, allow_code))
+        yield screen, Engine(files.load_model(model, allow_code, signature))
 
 
 def _read(screen: Screen, engine: Any, data: str, raw: bool) -> Any:
@@ -112,10 +117,14 @@ def demo(
 
 @app.command()
 def inspect(
-    model: Model, batch_size: Batch = 32, allow_code: Code = False, log: Log = None
+    model: Model,
+    batch_size: Batch = 32,
+    signature: Signature = None,
+    allow_code: Code = False,
+    log: Log = None,
 ) -> None:
     """Show each weight: where it meets the data, its rule, its path and why."""
-    with _engine(model, log, allow_code) as (screen, engine):
+    with _engine(model, signature, log, allow_code) as (screen, engine):
         screen.say(str(engine.inspect(batch_size)))
 
 
@@ -124,11 +133,12 @@ def verify(
     model: Model,
     data: Annotated[str | None, typer.Argument(help="Examples; made up if left out.")] = None,
     raw: Raw = False,
+    signature: Signature = None,
     allow_code: Code = False,
     log: Log = None,
 ) -> None:
     """Compare the Jacobian with a plain float64 loop; exit status 1 if they differ."""
-    with _engine(model, log, allow_code) as (screen, engine):
+    with _engine(model, signature, log, allow_code) as (screen, engine):
         if data is None:
             screen.say("No data given: verifying on 4 made-up examples.")
             x = engine.made_up(4)
@@ -150,6 +160,7 @@ def jacobian(
     outputs: Annotated[str | None, typer.Option(help="Chosen outputs: 3,7")] = None,
     batch_size: Batch = 32,
     raw: Raw = False,
+    signature: Signature = None,
     allow_code: Code = False,
     log: Log = None,
 ) -> None:
@@ -157,7 +168,7 @@ def jacobian(
     from perjac.store import opened
 
     chosen = None if outputs is None else _numbers(outputs)
-    with _engine(model, log, allow_code) as (screen, engine), opened(out) as store:
+    with _engine(model, signature, log, allow_code) as (screen, engine), opened(out) as store:
         read = _read(screen, engine, data, raw)
         for start in screen.track(range(0, len(read), batch_size), "Batches"):
             part = read.part(start, start + batch_size)
@@ -175,12 +186,13 @@ def saliency(
     target: Annotated[str, typer.Option(help="predicted, all, or a number.")] = "predicted",
     batch_size: Batch = 32,
     raw: Raw = False,
+    signature: Signature = None,
     allow_code: Code = False,
     log: Log = None,
 ) -> None:
     """Write a picture for each example, values.npz and index.html."""
     wanted = target if target in ("predicted", "all") else _numbers(target)[0]
-    with _engine(model, log, allow_code) as (screen, engine):
+    with _engine(model, signature, log, allow_code) as (screen, engine):
         from perjac.report.gallery import write
 
         read = _read(screen, engine, data, raw)

@@ -15,7 +15,8 @@ from perjac.errors import InputError, NotAModelError, NotBuiltError
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
 from perjac.naming import Names
-from perjac.normalise import normalise
+from perjac.normalise import flatten, normalise
+from perjac.saved import SavedFunction
 from perjac.shapes import known
 from perjac.sources import Weights
 from perjac.traced import Traced
@@ -34,10 +35,12 @@ class Engine:
     Parameters
     ----------
     model : keras.Model, keras.Layer, path, tf.Module or callable
-        A built Keras model, a .keras or .h5 file, or any function of a batch whose outputs have
-        the batch as their first axis.
+        A built Keras model, a .keras or .h5 file, the folder of a SavedModel, or any function of
+        a batch whose outputs have the batch as their first axis.
     variables : sequence of variables, optional
         The weights of a plain function; a model's own are found.
+    signature : str, optional
+        Which function of a SavedModel; its "serving_default" or only one by default.
     training : bool
         Whether to run the model in training mode.
     path : {"auto", "factored", "tape"}
@@ -71,6 +74,7 @@ class Engine:
         model: Any,
         *,
         variables: Sequence[Any] | None = None,
+        signature: str | None = None,
         training: bool = False,
         path: str = "auto",
         memory_limit: int | str | None = None,
@@ -83,7 +87,9 @@ class Engine:
                 raise InputError(f"Expected {name}= one of {_OPTIONS[name]}. Received: {value!r}.")
         memory.limit(memory_limit)  # refuses what it cannot read
         if isinstance(model, (str, pathlib.Path)):
-            model = files.load_model(model)
+            model = files.load_model(model, signature=signature)
+        elif signature is not None:
+            raise InputError(f"signature={signature!r} goes with the path of a SavedModel.")
         _check_model(model)
         self.model = model
         self._path, self._memory_limit, self._jit = path, memory_limit, jit
@@ -141,8 +147,8 @@ class Engine:
 
         Parameters
         ----------
-        x : array, or list, tuple or dict of arrays
-            A batch of B examples.
+        x : array, or list, tuple or dict of arrays, or Call
+            A batch of B examples; `pj.call(x, mask=mask)` for a call with further arguments.
         wrt : str, layer, variable, Activation, or list of these
             "weights" (all trainable ones), "inputs", a layer (its weights), a variable, a name of
             any of these, or `pj.activation(name)` for a hidden layer's output.
@@ -256,8 +262,10 @@ class Engine:
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
         traced, names = self._trace(batch)
+        reference = flatten(traced.program.origin or traced.program)
         return verify(
-            *traced.program.traced(names.head(of)),
+            reference,
+            traced.program.counterpart(names.head(of), reference),
             batch,
             names.sources("weights"),
             lambda part, rows: self.jacobian(part, of=of, outputs=rows),
@@ -266,9 +274,9 @@ class Engine:
 
     def _function(self) -> Callable[[Any], Any]:
         model = self.model
-        if host.is_layer(model) and host.takes_training(model):
-            return lambda x: model(x, training=self._training)
-        return model
+        takes_training = host.is_layer(model) and host.takes_training(model)
+        options = {"training": self._training} if takes_training else {}
+        return lambda x: inputs.called(model, x, **options)
 
     def _prepare(self, x: Any) -> inputs.Batch:
         # Floating data takes the weights' type where the model declares none.
@@ -307,7 +315,7 @@ def _check_model(model: Any) -> None:
         return
     if not callable(model):
         raise NotAModelError(
-            "Expected a Keras model, a path to a .keras or .h5 file, or a callable on a batch. "
+            "Expected a Keras model, the path of one or of a SavedModel, or a callable on a batch. "
             f"Received: {type(model).__name__}."
         )
 
@@ -315,6 +323,6 @@ def _check_model(model: Any) -> None:
 def _weights(model: Any, variables: Sequence[Any] | None) -> Weights:
     if variables is not None:
         return Weights(list(variables), list(variables))
-    if host.is_layer(model) or isinstance(model, tf.Module):
+    if host.is_layer(model) or isinstance(model, (tf.Module, SavedFunction)):
         return Weights(list(model.variables), list(model.trainable_variables))
     return Weights([], [])

@@ -1,4 +1,4 @@
-"""Files → models and arrays: .keras and .h5 models; .npy, .npz, .csv and image data."""
+"""Files → models and arrays: .keras, .h5, SavedModels; .npy, .npz, .csv and image data."""
 
 from __future__ import annotations
 
@@ -43,16 +43,20 @@ class Data:
         return self.inputs[start:stop]
 
 
-def load_model(path: str | pathlib.Path, allow_code: bool = False) -> Any:
-    """Load a Keras model, without running code from the file unless allowed.
+def load_model(
+    path: str | pathlib.Path, allow_code: bool = False, signature: str | None = None
+) -> Any:
+    """Load a model, without running Python code from the file unless allowed.
 
     Parameters
     ----------
     path : str or Path
-        A .keras or .h5 file.
+        A .keras or .h5 file, or the folder of a SavedModel.
     allow_code : bool
         Whether Lambda layers in the file may run the Python code stored in it: that code can do
         anything that you can.
+    signature : str, optional
+        Which function of a SavedModel.
 
     Raises
     ------
@@ -61,14 +65,17 @@ def load_model(path: str | pathlib.Path, allow_code: bool = False) -> Any:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        raise FileFormatError(
-            f"{path} is a folder. perjac reads .keras and .h5 files; a SavedModel is not "
-            "supported yet: load it yourself and give Engine the function and its variables."
-        )
+        from perjac.saved import SavedFunction
+
+        return SavedFunction(path, signature)
+    if signature is not None:
+        raise InputError(f"signature={signature!r} is for SavedModels. Received: {path}.")
     if not path.exists():
         raise FileFormatError(f"There is no file {path}.")
     if path.suffix.lower() not in _MODELS:
-        raise FileFormatError(f"Expected a .keras or .h5 model. Received: {path}.")
+        raise FileFormatError(
+            f"Expected a .keras or .h5 file, or a SavedModel's folder. Received: {path}."
+        )
     import keras
 
     try:

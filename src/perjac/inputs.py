@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,63 @@ class Expected:
     name: str
     shape: tuple[int | None, ...]
     dtype: tf.DType
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model; made by `call`.
+
+    `options` are those that are no arrays. Being a nest, it flattens into the arrays.
+    """
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __tf_flatten__(self) -> tuple[tuple, tuple]:
+        return (self.options,), (self.positional, self.named)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple, components: tuple) -> Call:
+        return cls(*components, *metadata)
+
+
+def call(*arguments: Any, **named: Any) -> Call:
+    """Hold the arguments of a call with more than one, in place of the batch `x`.
+
+    Parameters
+    ----------
+    *arguments : array, or list, tuple or dict of arrays
+        What the model is called with, the batch first.
+    **named : array, bool, int, float, str or None
+        Keyword arguments: arrays have the batch first, such as a `mask`; whatever else is passed
+        on as it is.
+
+    Returns
+    -------
+    Call
+        For every method that takes a batch.
+
+    Examples
+    --------
+    >>> import keras, numpy as np, perjac as pj
+    >>> model = keras.Sequential([keras.Input((5, 2)), keras.layers.LSTM(3)])
+    >>> x, mask = np.ones((4, 5, 2), "float32"), np.ones((4, 5), bool)
+    >>> pj.Engine(model).jacobian(pj.call(x, mask=mask)).shape
+    (4, 3, 72)
+    """
+    if not arguments:
+        raise InputError("Expected a batch as the first argument of call(). Received: none.")
+    plain = (bool, int, float, str, type(None))
+    options = tuple(sorted((k, v) for k, v in named.items() if isinstance(v, plain)))
+    return Call(arguments, {k: v for k, v in named.items() if not isinstance(v, plain)}, options)
+
+
+def called(function: Callable[..., Any], inputs: Any, **options: Any) -> Any:
+    """Return what a function gives for a batch, or for the arguments of a Call."""
+    if not isinstance(inputs, Call):
+        return function(inputs, **options)
+    return function(*inputs.positional, **options, **inputs.named, **dict(inputs.options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +162,16 @@ def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Bat
     InputError
         Where structure, shape or type do not fit.
     """
+    if isinstance(x, Call):
+        alone = len(x.positional) == 1
+        first = prepare(x.positional[0] if alone else x.positional, expected, dtype)
+        named = prepare(x.named, (), dtype) if x.named else Batch([], (), {})
+        structure = Call(
+            (first.structure,) if alone else first.structure, named.structure, x.options
+        )
+        tensors, names = first.tensors + named.tensors, first.names + named.names
+        _check_sizes(tensors, names)
+        return Batch(tensors, names, structure)
     if isinstance(x, (list, tuple)) and _is_one_array(x, len(expected)):
         x = np.asarray(x)
     elif isinstance(x, (list, tuple)) and len(x) == len(expected) == 1:
@@ -121,10 +188,14 @@ def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Bat
         _tensor(leaf, name, spec, dtype)
         for leaf, name, spec in zip(leaves, names, specs, strict=True)
     ]
+    _check_sizes(tensors, names)
+    return Batch(tensors, tuple(names), structure)
+
+
+def _check_sizes(tensors: Sequence[tf.Tensor], names: Sequence[str]) -> None:
     sizes = {name: t.shape[0] for name, t in zip(names, tensors, strict=True)}
     if len(set(sizes.values())) > 1:
         raise InputError(f"Expected inputs of one batch size. Received: {sizes}.")
-    return Batch(tensors, tuple(names), structure)
 
 
 def _is_one_array(x: Sequence[Any], count: int) -> bool:

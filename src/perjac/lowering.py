@@ -19,8 +19,13 @@ from perjac.shapes import known
 CONVOLUTIONS = {"Conv2D", "Conv3D"}
 
 
-def lower(build: Builder, node: Any) -> tuple[Sequence[tf.Tensor], dict[str, StandIn]]:
-    """Build a convolution from plain ones; return its result and what stands in for it."""
+def lower(
+    build: Builder, node: Any, for_rules: bool
+) -> tuple[Sequence[tf.Tensor], dict[str, StandIn]]:
+    """Build a convolution from plain ones; return its result and what stands in for it.
+
+    `for_rules` says that the weight meets the data at the operation itself and nowhere else.
+    """
     x, kernel = build.inputs(node)
     asked = {key: node.attr[key] for key in ("data_format", "padding")}
     first = asked["data_format"].s in (b"NCHW", b"NCDHW")
@@ -46,12 +51,12 @@ def lower(build: Builder, node: Any) -> tuple[Sequence[tf.Tensor], dict[str, Sta
         )
         return [_back(y, last)], {}
     run = getattr(tf.raw_ops, node.op)
-    # The weight meets the data at the operation itself: here it is a constant.
-    parts = zip(
-        tf.split(x_last, groups, -1), tf.split(tf.stop_gradient(kernel), groups, -1), strict=True
-    )
+    constant = tf.stop_gradient(kernel) if for_rules else kernel
+    parts = zip(tf.split(x_last, groups, -1), tf.split(constant, groups, -1), strict=True)
     y = tf.concat([run(input=a, filter=w, padding=padding, **options) for a, w in parts], -1)
     y = _back(y, last)
+    if not for_rules:
+        return [y], {}
     (site,) = alone(node, [x, kernel])
     return [y], {site.op.name: StandIn(y.name, y.name)}
 

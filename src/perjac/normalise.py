@@ -39,22 +39,35 @@ def normalise(program: Program) -> Program:
     SlowPathWarning
         Where the graph cannot be built anew: it is used as it was traced.
     """
-    if not any(op.type in CALLS | LOOPS for op in program.graph.get_operations()):
+    return _built_anew(program, for_rules=True)
+
+
+def flatten(program: Program) -> Program:
+    """Return a program that computes the same without calls; its loops stay as they are.
+
+    Each operation is the model's own, so it can serve as a reference, in any float type.
+    """
+    return _built_anew(program, for_rules=False)
+
+
+def _built_anew(program: Program, for_rules: bool) -> Program:
+    unwanted = CALLS | LOOPS if for_rules else CALLS
+    if not any(op.type in unwanted for op in program.graph.get_operations()):
         return program
     try:
-        return _rebuilt(program)
+        return _rebuilt(program, for_rules)
     except Exception as failure:  # TensorFlow raises whatever an unforeseen graph runs into
         warnings.warn(
             f"The model's nested functions and loops could not be looked into "
             f"({type(failure).__name__}: {str(failure).splitlines()[0][:200]}): their weights go "
             "to the tape path.",
             SlowPathWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
         return program
 
 
-def _rebuilt(program: Program) -> Program:
+def _rebuilt(program: Program, for_rules: bool) -> Program:
     flat = Flattener(program.graph, program.graph_def)
     stand_ins: dict[str, StandIn] = {}
     taps: dict[str, list[str]] = {}
@@ -71,7 +84,7 @@ def _rebuilt(program: Program) -> Program:
         batch = tf.shape(inputs[0])[0]
 
         def lowered(build: Builder, node: Any) -> Any:
-            outputs, made = lower(build, node)
+            outputs, made = lower(build, node, for_rules)
             stand_ins.update(made)
             return outputs
 
@@ -89,7 +102,7 @@ def _rebuilt(program: Program) -> Program:
             stand_ins.update(made)
             return outputs
 
-        replacements = {node.name: opened for node in flat.nodes if node.op in LOOPS}
+        replacements = {node.name: opened for node in flat.nodes if for_rules and node.op in LOOPS}
         replacements |= {
             node.name: lowered
             for node in flat.nodes

@@ -95,7 +95,7 @@ class Program:
     stand_ins : dict of str to StandIn
         Operations that are not run but stand for others, by name.
     origin : Program or None
-        The trace that this one is the normal form of.
+        The trace that this one was built from anew.
     """
 
     graph: Any
@@ -217,13 +217,13 @@ class Program:
         result = self.graph.get_operation_by_name(operation).outputs[0].name
         return StandIn(result, result)
 
-    def traced(self, tensor: str) -> tuple[Program, str]:
-        """Return the trace as it came from the model, and a head's or layer's tensor there."""
-        if self.origin is None:
-            return self, tensor
-        here = [*self.heads.values(), *(t for calls in self.taps.values() for t in calls)]
-        there = [*self.origin.heads.values(), *(t for c in self.origin.taps.values() for t in c)]
-        return self.origin, there[here.index(tensor)]
+    def counterpart(self, tensor: str, other: Program) -> str:
+        """Return a head's or layer's tensor in another form of the same trace."""
+        here, there = (
+            [*p.heads.values(), *(t for calls in p.taps.values() for t in calls)]
+            for p in (self, other)
+        )
+        return there[here.index(tensor)]
 
     @functools.cached_property
     def stubborn(self) -> str:

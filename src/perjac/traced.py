@@ -200,7 +200,7 @@ class Traced:
                 program.weights.variables,
                 sources,
                 kind,
-                refused=program.traced(head)[0].stubborn,
+                refused=(program.origin or program).stubborn,
             ),
         )
 
