@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check zoo bench format clean
 
 help:
 	@echo "make demo    train a small net on real digits and write demo-out/report.html"
 	@echo "make test    format check, lint, types and the whole test suite"
 	@echo "make check   the quick part of it, under three minutes"
+	@echo "make zoo     every model of the zoo, the large ones too; writes docs/coverage.md"
 	@echo "make bench   perjac beside TensorFlow's own ways, in one run"
 
 demo: $(VENV)/.demo
@@ -19,7 +20,10 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 check: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not large"
+
+zoo: lint
+	$(BIN)/python -m pytest -n 2 -m "slow or large" tests/test_zoo.py
 
 .PHONY: lint
 lint: $(VENV)/.test

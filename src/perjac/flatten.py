@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perjac import host
+from perjac.custom_gradients import carry, is_custom
 
 # Operations that call a function once, with its name in the attribute "f".
 CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
@@ -48,7 +49,7 @@ class Flattener:
         self._alias: dict[str, str] = {}
         self._used: set[str] = {node.name for node in graph_def.node}
         self.compiled: set[str] = set()
-        self.nodes = self._resolved(self._inlined(graph_def.node, "", {}, False))
+        self.nodes = self._resolved(self._inlined(graph_def.node, graph, "", {}, False))
 
     def resolve(self, reference: str) -> str:
         """Return where a tensor of the original graph is: "call:1" may be "call/add:0"."""
@@ -61,7 +62,8 @@ class Flattener:
         """Return a function's body by itself, its arguments as placeholders, under a prefix."""
         prefix = self._unique(prefix)
         graph_def, arguments, results = self._function(name)
-        nodes = self._resolved(self._inlined(graph_def.node, prefix, {}, False))
+        graph = host.function_graph(self._graph, name)
+        nodes = self._resolved(self._inlined(graph_def.node, graph, prefix, {}, False))
         return Body(
             nodes,
             [f"{prefix}{argument}:0" for argument in arguments],
@@ -78,9 +80,14 @@ class Flattener:
         return graph_def, arguments, [canonical(names[reference]) for reference in returned]
 
     def _inlined(
-        self, nodes: Sequence[Any], prefix: str, arguments: Mapping[str, str], compiled: bool
+        self,
+        nodes: Sequence[Any],
+        graph: Any,
+        prefix: str,
+        arguments: Mapping[str, str],
+        compiled: bool,
     ) -> list[Any]:
-        """Return copies of the nodes under a prefix, calls replaced by what they call."""
+        """Return copies of a graph's nodes under a prefix, calls replaced by what they call."""
         flat = []
         for node in nodes:
             name = prefix + node.name
@@ -101,6 +108,8 @@ class Flattener:
                 copy.attr.pop(attribute, None)
             if compiled:
                 self.compiled.add(name)
+            if is_custom(copy):
+                carry(copy, graph, prefix)
             flat.append(copy)
         return flat
 
@@ -110,7 +119,8 @@ class Flattener:
         data = [reference for reference in inputs if not reference.startswith("^")]
         before = [reference for reference in inputs if reference.startswith("^")]
         fed = dict(zip(arguments, map(canonical, data), strict=True))
-        nodes = self._inlined(graph_def.node, prefix, fed, compiled)
+        graph = host.function_graph(self._graph, function)
+        nodes = self._inlined(graph_def.node, graph, prefix, fed, compiled)
         for node in nodes:
             node.input.extend(before)
         for n, result in enumerate(results):

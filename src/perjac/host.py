@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from tensorflow.python.framework import function_def_to_graph
+from tensorflow.python.framework import ops as framework
 
 
 def captures(graph: Any) -> list[tuple[tf.Tensor, tf.Tensor]]:
@@ -81,6 +82,19 @@ for _name, _gradient in {
     FIRST["MatMul"]: _matmul_first,
 }.items():
     tf.RegisterGradient(_name)(_gradient)
+
+
+def registered_gradient(name: bytes) -> Callable[..., Any]:
+    """Return the gradient registered under a name (`ops.gradient_registry`, since TensorFlow 1.0).
+
+    `tf.RegisterGradient` registers and nothing public looks up.
+    """
+    return framework.gradient_registry.lookup(name.decode())
+
+
+def function_graph(graph: Any, name: str) -> Any:
+    """Return the graph that a function was traced in (`Graph._get_function`, since 1.0)."""
+    return graph._get_function(name).graph
 
 
 def tf_variable(variable: Any) -> tf.Variable:

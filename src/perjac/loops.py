@@ -26,6 +26,7 @@ from perjac import host
 from perjac.flatten import Body, canonical
 from perjac.rebuild import Builder, alone
 from perjac.shapes import known
+from perjac.steps import most_steps, through_identities
 
 LOOPS = {"While", "StatelessWhile"}
 _SAME_SIZE = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}
@@ -107,7 +108,7 @@ class Loop:
                 self._varying.update(outputs)
             elif any(r in self._made for r in inputs):
                 self._made.update(outputs)
-        self._steps = self._known_steps()
+        self._steps = most_steps(body, condition, self._outer)
         self._meetings, self._hidden = self._meet()
 
     def open(self, batch: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, StandIn]]:
@@ -248,27 +249,9 @@ class Loop:
         siblings = {r for op, _, outputs in self._ops if id(op) in ops for r in outputs}
         return entering | siblings
 
-    def _known_steps(self) -> int | None:
-        """Return the most steps there can be, where `tf.while_loop` was told and it is a number."""
-        counter, limit = self._condition.arguments[:2]
-        compared = [
-            [canonical(r) for r in node.input[:2]]
-            for node in self._condition.nodes
-            if node.op == "Less"
-        ]
-        if [counter, limit] not in compared or 1 in self._moving:
-            return None
-        most = self._outer[1]
-        if most.shape.rank != 0 or not most.dtype.is_integer:
-            return None
-        # Shape inference works out what the shapes of the data say, constant folding does not.
-        return tf.zeros(tf.reshape(most, [1])).shape[0]
-
     def _stays(self, n: int, result: str) -> bool:
         """Tell whether a loop variable leaves each step as it came."""
-        while (node := self._nodes.get(_node(result))) and node.op == "Identity":
-            result = canonical(node.input[0])
-        return result == self._body.arguments[n]
+        return through_identities(self._nodes, result) == self._body.arguments[n]
 
     def _staying(self) -> dict[str, tf.Tensor]:
         """Return the arguments that stay as they are, as the tensors outside."""

@@ -1,4 +1,4 @@
-"""A Program in normal form: calls inlined, loops opened, what only XLA can run lowered.
+"""A Program in normal form: calls inlined, loops opened, custom gradients made to travel.
 
 Only what needs it is built anew; most models pass as they are.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host
+from perjac.custom_gradients import is_custom
 from perjac.errors import SlowPathWarning
 from perjac.flatten import CALLS, Flattener
 from perjac.loops import LOOPS, Kinds, Loop, StandIn
@@ -52,7 +53,8 @@ def flatten(program: Program) -> Program:
 
 def _built_anew(program: Program, for_rules: bool) -> Program:
     unwanted = CALLS | LOOPS if for_rules else CALLS
-    if not any(op.type in unwanted for op in program.graph.get_operations()):
+    nodes = program.graph_def.node
+    if not any(node.op in unwanted or is_custom(node) for node in nodes):
         return program
     try:
         return _rebuilt(program, for_rules)

@@ -14,7 +14,6 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, rules
-from perjac.errors import PathError
 from perjac.factors import Explicit, Factor, Zero, combine
 from perjac.independence import Order
 from perjac.layout import Relabelling
@@ -69,7 +68,7 @@ def decide(
     head: str,
     weights: Sequence[Source],
     count: int,
-    path: str,
+    refused: str,
     order: Order,
 ) -> list[Decision]:
     """Return how each weight goes.
@@ -84,31 +83,17 @@ def decide(
         Those asked for.
     count : int
         K.
-    path : str
-        "auto", "factored" or "tape".
+    refused : str
+        Why all of them go to the tape, or nothing.
     order : Order
         How examples lie in the tensors, as far as the probe has found.
-
-    Raises
-    ------
-    PathError
-        For `path="factored"` where a weight has no rule.
     """
     needed = upstream(program, [head])
     asked = {source.index for source in weights}
     live = [s for s in flow.sites if s.variables & asked and _reaches(program, s.operation, needed)]
-    found = {} if path == "tape" else _rehearse(program, live, count, order)
-    decisions = []
-    for source in weights:
-        mine = tuple(s for s in live if source.index in s.variables)
-        decision = _decide_one(source, mine, found, path, count)
-        if path == "factored" and decision.path == "tape":
-            raise PathError(
-                f"path='factored', but weight {source.key!r} needs the tape path: "
-                f"{decision.reason}. Use path='auto'."
-            )
-        decisions.append(decision)
-    return decisions
+    found = {} if refused else _rehearse(program, live, count, order)
+    mine = {w: tuple(s for s in live if w.index in s.variables) for w in weights}
+    return [_decide_one(source, mine[source], found, refused, count) for source in weights]
 
 
 def _reaches(program: Program, operation: str, needed: set[str]) -> bool:
@@ -121,14 +106,14 @@ def _decide_one(
     source: Source,
     sites: tuple[Site, ...],
     found: Mapping[Site, Factor | str],
-    path: str,
+    refused: str,
     count: int,
 ) -> Decision:
-    if path == "tape":
-        return Decision(source, sites, "tape", (), "path='tape' was asked for", source.size)
-    refused = {site: why for site in sites if isinstance(why := found[site], str)}
     if refused:
-        site, why = next(iter(refused.items()))
+        return Decision(source, sites, "tape", (), refused, source.size)
+    without = {site: why for site in sites if isinstance(why := found[site], str)}
+    if without:
+        site, why = next(iter(without.items()))
         return Decision(source, sites, "tape", (), f"{why} (at {site.operation})", source.size)
     if not sites:
         return Decision(source, sites, "factored", (), "the output does not depend on it", 0)

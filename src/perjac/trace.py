@@ -244,9 +244,33 @@ class Program:
     def extents(self) -> dict[str, Extent]:
         """The extent of every tensor that has the batch in front, all other axes known."""
         two, three = self._shapes(2), self._shapes(3)
+        vague = [name for name, dims in two.items() if dims is None or None in dims]
+        if vague:  # a loop's results, say, and what follows from them
+            two, three = two | self._measured(vague, 2), three | self._measured(vague, 3)
         traced = {t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs}
         found = {name: _extent(dims, two[name], three[name]) for name, dims in traced.items()}
         return {name: extent for name, extent in found.items() if extent is not None}
+
+    def _measured(self, names: Sequence[str], batch: int) -> dict[str, Dims | None]:
+        """The shapes that tensors have when the model runs on a batch of this size.
+
+        The data is different for each size, lest a shape that depends on it be taken for fixed.
+        """
+        tensors = [self.graph.get_tensor_by_name(name) for name in names]
+        held = [t for t in tensors if t.dtype not in (tf.resource, tf.variant)]
+        names = [t.name for t in held if t.op.name not in self.stand_ins]  # those never run
+
+        @tf.function(autograph=False)
+        def run(inputs):
+            found = self.replay(inputs, {}, names)
+            return [tf.shape(found[name]) for name in names]
+
+        fill = [tf.fill([batch, *s.shape[1:]], tf.cast(batch - 2, s.dtype)) for s in self.specs]
+        try:
+            shapes = run(fill)
+        except tf.errors.OpError:  # the model does not take such data
+            return {}
+        return {n: tuple(s.numpy().tolist()) for n, s in zip(names, shapes, strict=True)}
 
     def _shapes(self, batch: int) -> dict[str, Dims | None]:
         """Every tensor's shape for a batch of this size, as far as inference can tell."""

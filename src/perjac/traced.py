@@ -9,7 +9,13 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, independence, memory, sites
-from perjac.errors import DisconnectedWarning, InputError, NotFiniteError
+from perjac.errors import (
+    DisconnectedWarning,
+    InputError,
+    NotFiniteError,
+    PathError,
+    SlowPathWarning,
+)
 from perjac.factors import Explicit, Factor, join_rows
 from perjac.inputs import Batch
 from perjac.layout import Relabelling
@@ -42,6 +48,7 @@ class Traced:
         self._probed: set[str] = set()  # tensors that the probe has watched
         self._order = independence.Order()
         self._made: dict[tuple, Any] = {}
+        self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
 
     def row_shape(self, head: str) -> tuple[int, ...]:
         """Return an output's shape for one example.
@@ -95,11 +102,31 @@ class Traced:
         self._probed |= watched
 
     def decisions(self, head: str, weights: Sequence[Source], count: int) -> list[Decision]:
-        """Return how each weight goes, for K = count rows."""
-        return self._once(
-            ("decisions", head, tuple(weights), count, self._order),
-            lambda: decide(self.program, self._flow, head, weights, count, self._path, self._order),
+        """Return how each weight goes, for K = count rows.
+
+        Raises
+        ------
+        PathError
+            For `path="factored"` where one needs the tape.
+        """
+        refused = self._why_tape(head)
+        made = self._once(
+            ("decisions", head, tuple(weights), count, refused, self._order),
+            lambda: decide(self.program, self._flow, head, weights, count, refused, self._order),
         )
+        for decision in made:
+            if self._path == "factored" and decision.path == "tape":
+                raise PathError(
+                    f"path='factored', but weight {decision.source.key!r} needs the tape path: "
+                    f"{decision.reason}. Use path='auto'."
+                )
+        return made
+
+    def _why_tape(self, head: str) -> str:
+        """Return why everything goes to the tape, or nothing where it does not."""
+        if self._path == "tape":
+            return "path='tape' was asked for"
+        return self._refused.get(head, "")
 
     def outputs(self, head: str, batch: Batch) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
@@ -137,11 +164,19 @@ class Traced:
         others = [s for s in sources if s.kind != "weight"]
         _check_memory(decisions, others, batch.size, chosen.count, memory_limit)
         taped = [d.source for d in decisions if d.path == "tape"]
-        if self._path == "tape":
+        if self._why_tape(head):
             taped, others = list(sources), []
-        result, factors, fine, fine_variables = self._sweep(
-            head, [d for d in decisions if d.path == "factored"], others, batch, chosen
-        )
+        try:
+            result, factors, fine, fine_variables = self._sweep(
+                head, [d for d in decisions if d.path == "factored"], others, batch, chosen
+            )
+        except tf.errors.ResourceExhaustedError:
+            raise
+        except Exception as failure:  # TensorFlow raises whatever an unforeseen graph runs into
+            if self._path == "factored" or taped == list(sources):
+                raise
+            self._give_up(head, failure)
+            return self.factors(head, sources, batch, chosen, memory_limit)
         batch.check_finite(fine.numpy())
         self._check_variables(bool(tf.reduce_all(fine_variables)))
         lost: set[Source] = set()
@@ -155,6 +190,17 @@ class Traced:
             _warn_disconnected(self.program.called(head), missing)
         rest = {s.key: zero(s, batch.size, chosen.count) for s in missing}
         return result, {s.key: factors.get(s.key) or rest[s.key] for s in sources}
+
+    def _give_up(self, head: str, failure: Exception) -> None:
+        """Let everything go to the tape from here on, and say so."""
+        text = f"{failure}".strip().partition("\n")[0][:200]
+        self._refused[head] = f"the factored path fails with {type(failure).__name__}: {text}"
+        warnings.warn(
+            f"The output {self.program.called(head)!r} goes to the tape path, which is slow: "
+            f"{self._refused[head]}",
+            SlowPathWarning,
+            stacklevel=4,
+        )
 
     def _sweep(
         self,
