@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host
+from perjac.batch_first import TURNED, is_elsewhere, turn
 from perjac.custom_gradients import is_custom
 from perjac.errors import SlowPathWarning
 from perjac.flatten import CALLS, Flattener
@@ -54,7 +55,8 @@ def flatten(program: Program) -> Program:
 def _built_anew(program: Program, for_rules: bool) -> Program:
     unwanted = CALLS | LOOPS if for_rules else CALLS
     nodes = program.graph_def.node
-    if not any(node.op in unwanted or is_custom(node) for node in nodes):
+    turning = for_rules and any(map(is_elsewhere, program.graph.get_operations()))
+    if not turning and not any(node.op in unwanted or is_custom(node) for node in nodes):
         return program
     try:
         return _rebuilt(program, for_rules)
@@ -105,6 +107,8 @@ def _rebuilt(program: Program, for_rules: bool) -> Program:
             return outputs
 
         replacements = {node.name: opened for node in flat.nodes if for_rules and node.op in LOOPS}
+        if for_rules:
+            replacements |= {node.name: turn for node in flat.nodes if node.op in TURNED}
         replacements |= {
             node.name: lowered
             for node in flat.nodes

@@ -70,8 +70,8 @@ def _bound(
         if left not in condition.arguments:
             continue
         n = condition.arguments.index(left)
-        start, stride = _number(outer[n]), _stride(body, n)
-        end = _value(condition, right, body, outer)
+        start, stride = _number(outer[n]), _stride(body, n, outer)
+        end = _staying(condition, body, right, outer)
         if start is None or end is None or not stride:
             continue
         if stride < 0:
@@ -81,32 +81,30 @@ def _bound(
     return None
 
 
-def _stride(body: Body, n: int) -> int | None:
-    """Return what each step adds to loop variable n: 0 for one that stays, None if unknown."""
+def _stride(body: Body, n: int, outer: Sequence[tf.Tensor]) -> int | None:
+    """Return what each step adds to loop variable n, or None where that is no number."""
     nodes = {node.name: node for node in body.nodes}
-    result = through_identities(nodes, body.results[n])
-    if result == body.arguments[n]:
-        return 0
-    node = nodes.get(_node(result))
+    node = nodes.get(_node(through_identities(nodes, body.results[n])))
     if node is None or node.op not in ("Add", "AddV2", "Sub"):
         return None
     left, right = (through_identities(nodes, canonical(r)) for r in node.input[:2])
     if right == body.arguments[n] and node.op != "Sub":
         left, right = right, left
-    added = _constant(nodes, right)
+    added = _staying(body, body, right, outer)
     if left != body.arguments[n] or added is None:
         return None
     return -added if node.op == "Sub" else added
 
 
-def _value(condition: Body, reference: str, body: Body, outer: Sequence[tf.Tensor]) -> int | None:
-    """Return what a tensor of the condition is, where that is a number that stays."""
-    nodes = {node.name: node for node in condition.nodes}
+def _staying(function: Body, body: Body, reference: str, outer: Sequence[tf.Tensor]) -> int | None:
+    """Return what a tensor of the body or the condition is, where that is a number that stays."""
+    nodes = {node.name: node for node in function.nodes}
     reference = through_identities(nodes, reference)
-    if reference in condition.arguments:
-        n = condition.arguments.index(reference)
-        return _number(outer[n]) if _stride(body, n) == 0 else None
-    return _constant(nodes, reference)
+    if reference not in function.arguments:
+        return _constant(nodes, reference)
+    n = function.arguments.index(reference)
+    stays = through_identities({x.name: x for x in body.nodes}, body.results[n])
+    return _number(outer[n]) if stays == body.arguments[n] else None
 
 
 def _constant(nodes: Mapping[str, Any], reference: str) -> int | None:

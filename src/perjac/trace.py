@@ -233,11 +233,12 @@ class Program:
         for XLA are Keras's grouped convolutions, which it converts wrongly: the kernel's gradient
         is silently off in float32, and the picture's fails.
         """
-        for op in self.graph.get_operations():
-            if op.type in LOOPS:
-                return f"pfor does not convert the loop {op.name!r}"
-            if op.type in CALLS and op.node_def.attr[XLA].b:
-                return f"pfor cannot be trusted with {op.name!r}, which is marked for XLA"
+        functions = self.graph_def.library.function
+        for node in [*self.graph_def.node, *(n for f in functions for n in f.node_def)]:
+            if node.op in LOOPS:
+                return f"pfor does not convert the loop {node.name!r}"
+            if node.op in CALLS and node.attr[XLA].b:
+                return f"pfor cannot be trusted with {node.name!r}, which is marked for XLA"
         return ""
 
     @functools.cached_property
