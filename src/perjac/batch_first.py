@@ -39,9 +39,11 @@ def is_elsewhere(op: Any) -> bool:
 
 def turn(build: Builder, node: Any) -> Sequence[tf.Tensor]:
     """Build an operation with the batch in front, where it has one operand of known shape."""
-    x, y = build.inputs(node)[:2] if len(build.inputs(node)) == 2 else (None, None)
-    if x is None or y is None or not any(t.shape.is_fully_defined() for t in (x, y)):
-        return alone(node, build.inputs(node))
+    operands = build.inputs(node)
+    ranks = [t.shape.rank for t in operands]
+    if len(ranks) != 2 or None in ranks or not any(t.shape.is_fully_defined() for t in operands):
+        return alone(node, operands)
+    x, y = operands
     if node.op in _PRODUCTS:
         return _product(node, x, y)
     return _binary(node, x, y)
