@@ -8,11 +8,12 @@ back. Knows GraphDefs and shapes; must not know rules or which tensors are weigh
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from perjac.flatten import canonical
 from perjac.rebuild import Builder, alone
 from perjac.shapes import known
 
@@ -32,14 +33,25 @@ def place(shape: tf.TensorShape) -> int | None:
     return unknown[0] if len(unknown) == 1 else None
 
 
-def is_elsewhere(op: Any) -> bool:
-    """Tell whether an operation of the traced graph has its batch on another axis."""
-    return op.type in TURNED and any(place(t.shape) for t in [*op.inputs, *op.outputs])
+def elsewhere(graph: Any, shapes: Mapping[str, tf.TensorShape]) -> set[str]:
+    """Return the operations of the traced graph that have their batch on another axis.
+
+    `shapes` are those of the tensors that have a batch, unknown only there.
+    """
+    return {
+        op.name
+        for op in graph.get_operations()
+        if op.type in TURNED
+        and any(t.name in shapes and place(shapes[t.name]) for t in [*op.inputs, *op.outputs])
+    }
 
 
-def turn(build: Builder, node: Any) -> Sequence[tf.Tensor]:
+def turn(shapes: Mapping[str, tf.TensorShape], build: Builder, node: Any) -> Sequence[tf.Tensor]:
     """Build an operation with the batch in front, where it has one operand of known shape."""
     operands = build.inputs(node)
+    for reference, tensor in zip(node.input, operands, strict=False):
+        if canonical(reference) in shapes:
+            tensor.set_shape(shapes[canonical(reference)])
     ranks = [t.shape.rank for t in operands]
     if len(ranks) != 2 or None in ranks or not any(t.shape.is_fully_defined() for t in operands):
         return alone(node, operands)

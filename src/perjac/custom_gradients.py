@@ -18,13 +18,20 @@ from perjac import host, precision
 
 _GRADIENT = "_gradient_op_type"
 # On an IdentityN: how many of its operands it had before.
-OPERANDS = "_perjac_operands"
+_OPERANDS = "_perjac_operands"
 _numbers = itertools.count()
 
 
 def is_custom(node: Any) -> bool:
     """Tell whether a node is what TensorFlow makes of a custom gradient."""
-    return node.op == "IdentityN" and _GRADIENT in node.attr and OPERANDS not in node.attr
+    return node.op == "IdentityN" and _GRADIENT in node.attr and _OPERANDS not in node.attr
+
+
+def operands(op: Any) -> int:
+    """Return how many of an operation's operands are its own, not carried along."""
+    if op.type != "IdentityN" or _OPERANDS not in op.node_def.attr:
+        return len(op.inputs)
+    return op.get_attr(_OPERANDS)
 
 
 def carry(node: Any, graph: Any, prefix: str) -> None:
@@ -41,7 +48,7 @@ def carry(node: Any, graph: Any, prefix: str) -> None:
     """
     op = graph.get_operation_by_name(node.name.removeprefix(prefix))
     gradient = _Gradient.of(op)
-    node.attr[OPERANDS].i = len(op.inputs)
+    node.attr[_OPERANDS].i = len(op.inputs)
     for tensor in gradient.inner:
         node.input.append(prefix + tensor.name)
         node.attr["T"].list.type.append(tensor.dtype.as_datatype_enum)

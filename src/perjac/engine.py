@@ -262,10 +262,12 @@ class Engine:
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
         traced, names = self._trace(batch)
+        head = names.head(of)
         reference = flatten(traced.program.origin or traced.program)
         return verify(
             reference,
-            traced.program.counterpart(names.head(of), reference),
+            traced.program.counterpart(head, reference),
+            traced.model(head),
             batch,
             names.sources("weights"),
             lambda part, rows: self.jacobian(part, of=of, outputs=rows),

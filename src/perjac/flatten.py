@@ -15,7 +15,7 @@ from perjac.custom_gradients import carry, is_custom
 
 # Operations that call a function once, with its name in the attribute "f".
 CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
-XLA = "_XlaMustCompile"
+_XLA = "_XlaMustCompile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,13 @@ class Flattener:
             inputs = [_under(prefix, reference) for reference in node.input]
             called = self._called(node)
             if called is not None:
-                marked = compiled or node.attr[XLA].b
-                flat += self._call(called, name, inputs, marked)
+                flat += self._call(called, name, inputs, compiled or is_for_xla(node))
                 continue
             copy = type(node)()
             copy.CopyFrom(node)
             copy.name = name
             copy.input[:] = inputs
-            for attribute in ("_class", XLA):  # would name nodes of the function
+            for attribute in ("_class", _XLA):  # would name nodes of the function
                 copy.attr.pop(attribute, None)
             if compiled:
                 self.compiled.add(name)
@@ -152,6 +151,11 @@ class Flattener:
             prefix = f"{stem}_{count}/"
         self._used.add(prefix)
         return prefix
+
+
+def is_for_xla(node: Any) -> bool:
+    """Tell whether a call must be compiled; merely to read an attribute would make it."""
+    return _XLA in node.attr and node.attr[_XLA].b
 
 
 def canonical(reference: str) -> str:

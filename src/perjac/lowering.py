@@ -35,9 +35,9 @@ def lower(
     options = {
         name: [list(node.attr[name].list.i)[axis] for axis in last]
         for name in ("strides", "dilations")
-        if node.attr[name].list.i
+        if name in node.attr and node.attr[name].list.i
     }
-    explicit = list(node.attr["explicit_paddings"].list.i)
+    explicit = list(node.attr["explicit_paddings"].list.i) if node.op == "Conv2D" else []
     if explicit:
         pairs = list(zip(explicit[::2], explicit[1::2], strict=True))
         x_last = tf.pad(x_last, [pairs[axis] for axis in last])

@@ -6,19 +6,20 @@ Only what needs it is built anew; most models pass as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
 import tensorflow as tf
 
 from perjac import host
-from perjac.batch_first import TURNED, is_elsewhere, turn
+from perjac.batch_first import TURNED, elsewhere, turn
 from perjac.custom_gradients import is_custom
 from perjac.errors import SlowPathWarning
 from perjac.flatten import CALLS, Flattener
 from perjac.loops import LOOPS, Kinds, Loop, StandIn
 from perjac.lowering import CONVOLUTIONS, lower
-from perjac.rebuild import Builder
+from perjac.rebuild import Builder, Replacement
 from perjac.sites import kinds
 from perjac.trace import Program, collect
 
@@ -55,8 +56,8 @@ def flatten(program: Program) -> Program:
 def _built_anew(program: Program, for_rules: bool) -> Program:
     unwanted = CALLS | LOOPS if for_rules else CALLS
     nodes = program.graph_def.node
-    turning = for_rules and any(map(is_elsewhere, program.graph.get_operations()))
-    if not turning and not any(node.op in unwanted or is_custom(node) for node in nodes):
+    plain = not any(node.op in unwanted or is_custom(node) for node in nodes)
+    if plain and not (for_rules and elsewhere(program.graph, program.shapes)):
         return program
     try:
         return _rebuilt(program, for_rules)
@@ -73,6 +74,7 @@ def _built_anew(program: Program, for_rules: bool) -> Program:
 
 def _rebuilt(program: Program, for_rules: bool) -> Program:
     flat = Flattener(program.graph, program.graph_def)
+    turning = _turning(program, flat) if for_rules else {}
     stand_ins: dict[str, StandIn] = {}
     taps: dict[str, list[str]] = {}
 
@@ -106,9 +108,9 @@ def _rebuilt(program: Program, for_rules: bool) -> Program:
             stand_ins.update(made)
             return outputs
 
-        replacements = {node.name: opened for node in flat.nodes if for_rules and node.op in LOOPS}
+        replacements = dict(turning)
         if for_rules:
-            replacements |= {node.name: turn for node in flat.nodes if node.op in TURNED}
+            replacements |= {node.name: opened for node in flat.nodes if node.op in LOOPS}
         replacements |= {
             node.name: lowered
             for node in flat.nodes
@@ -128,3 +130,17 @@ def _rebuilt(program: Program, for_rules: bool) -> Program:
     concrete = rebuild.get_concrete_function(*program.specs)
     found = collect(concrete, len(program.specs), program.weights, taps)
     return dataclasses.replace(found, stand_ins=stand_ins, origin=program)
+
+
+def _turning(program: Program, flat: Flattener) -> dict[str, Replacement]:
+    """Return what turns operations with the batch elsewhere; of functions' nodes only it knows."""
+    there = {op.name for op in program.graph.get_operations()}
+    wanted = elsewhere(program.graph, program.shapes)
+    turning = functools.partial(
+        turn, {flat.resolve(name): shape for name, shape in program.shapes.items()}
+    )
+    return {
+        node.name: turning
+        for node in flat.nodes
+        if node.op in TURNED and (node.name in wanted or node.name not in there)
+    }

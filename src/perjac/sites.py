@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.custom_gradients import OPERANDS
+from perjac.custom_gradients import operands
 from perjac.layout import Relabelling
 from perjac.trace import Program
 
@@ -113,8 +113,8 @@ def _walk(
         names = [t.name for t in op.inputs]
         if any(name in data for name in names):
             if op.outputs:
-                own = op.node_def.attr[OPERANDS].i or len(names)
-                meetings += [(op, i, name) for i, name in enumerate(names[:own]) if name in params]
+                own = names[: operands(op)]
+                meetings += [(op, i, name) for i, name in enumerate(own) if name in params]
             moving = [t.name for t in op.outputs if not _is_known(t)]
             data.update(moving)
             if op.type not in _SHAPES and any(name in values for name in names):

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.errors import InputError, UnknownNameError, nearest
-from perjac.flatten import CALLS, XLA
+from perjac.flatten import CALLS, is_for_xla
 from perjac.loops import LOOPS, StandIn
 from perjac.shapes import known
 from perjac.sources import Activation, Weights
@@ -237,20 +237,38 @@ class Program:
         for node in [*self.graph_def.node, *(n for f in functions for n in f.node_def)]:
             if node.op in LOOPS:
                 return f"pfor does not convert the loop {node.name!r}"
-            if node.op in CALLS and node.attr[XLA].b:
+            if node.op in CALLS and is_for_xla(node):
                 return f"pfor cannot be trusted with {node.name!r}, which is marked for XLA"
         return ""
 
     @functools.cached_property
     def extents(self) -> dict[str, Extent]:
         """The extent of every tensor that has the batch in front, all other axes known."""
+        two, three = self._sizes
+        traced = {t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs}
+        found = {name: _extent(dims, two[name], three[name]) for name, dims in traced.items()}
+        return {name: extent for name, extent in found.items() if extent is not None}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tf.TensorShape]:
+        """The shape of every tensor that has the batch on one of its axes, unknown only there."""
+        found = {}
+        for (name, two), three in zip(self._sizes[0].items(), self._sizes[1].values(), strict=True):
+            if two is None or three is None or len(two) != len(three) or None in two:
+                continue
+            dims = [a if a == b else None for a, b in zip(two, three, strict=True)]
+            if dims.count(None) == 1 and two[dims.index(None)] == 2:
+                found[name] = tf.TensorShape(dims)
+        return found
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[dict[str, Dims | None], dict[str, Dims | None]]:
+        """Every tensor's shape for batches of two and of three."""
         two, three = self._shapes(2), self._shapes(3)
         vague = [name for name, dims in two.items() if dims is None or None in dims]
         if vague:  # a loop's results, say, and what follows from them
             two, three = two | self._measured(vague, 2), three | self._measured(vague, 3)
-        traced = {t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs}
-        found = {name: _extent(dims, two[name], three[name]) for name, dims in traced.items()}
-        return {name: extent for name, extent in found.items() if extent is not None}
+        return two, three
 
     def _measured(self, names: Sequence[str], batch: int) -> dict[str, Dims | None]:
         """The shapes that tensors have when the model runs on a batch of this size.

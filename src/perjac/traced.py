@@ -128,6 +128,15 @@ class Traced:
             return "path='tape' was asked for"
         return self._refused.get(head, "")
 
+    def model(self, head: str) -> Callable[..., tf.Tensor]:
+        """Return the model itself, as a function of the flattened inputs to one output."""
+        find = _finder(self.program, head)
+
+        def call(inputs: Sequence[tf.Tensor]) -> tf.Tensor:
+            return find(*self._callee(tf.nest.pack_sequence_as(self._structure, list(inputs))))
+
+        return call
+
     def outputs(self, head: str, batch: Batch) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
         job = self._job(head, [], {}, ("all", 1), 1)

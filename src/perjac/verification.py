@@ -6,7 +6,6 @@ The reference knows nothing of sites, rules, factors or plans.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +75,7 @@ class Verification:
 def verify(
     program: Program,
     head: str,
+    model: Callable[..., tf.Tensor],
     batch: Batch,
     weights: Sequence[Source],
     jacobian: Callable[[Any, list[int]], Mapping[str, tf.Tensor]],
@@ -87,6 +87,8 @@ def verify(
     ----------
     program, head : Program, str
         The trace, and the output's tensor.
+    model : callable
+        The model itself: takes the inputs to that output. For where the trace cannot be raised.
     batch : Batch
         Examples.
     weights : sequence of Source
@@ -108,14 +110,16 @@ def verify(
     ours = jacobian(tf.nest.pack_sequence_as(batch.structure, few), rows)
     note = ""
     try:
-        loop = _reference(program, head, weights, wide=True)
+        loop = _raised_reference(program, head, weights)
         first = loop([t[:1] for t in few], rows[0])
     except Exception as failure:  # an operation without a float64 kernel, in whatever words
         note = (
             f"The reference is in {output.dtype.name}: the graph does not run in float64 "
             f"({str(failure).splitlines()[0][:150]})."
         )
-        loop = _reference(program, head, weights, wide=False)
+        loop = _reference(
+            model, [host.tf_variable(program.weights.variables[s.index]) for s in weights]
+        )
         first = loop([t[:1] for t in few], rows[0])
     dtype = first[0].dtype.name if first else output.dtype.name
     squares = np.zeros((2, len(weights)))  # of the difference, of the reference
@@ -136,31 +140,40 @@ def verify(
 
 
 def _reference(
-    program: Program, head: str, weights: Sequence[Source], wide: bool
+    model: Callable[..., tf.Tensor], variables: Sequence[tf.Variable]
 ) -> Callable[..., list[tf.Tensor]]:
     """Return the loop's body: one example (1, ...) and one output to each weight's gradient."""
-    variables = [host.tf_variable(v) for v in program.weights.variables]
-    forward = program.replay
-    if wide:
-        variables = [
-            tf.Variable(precision.widened(v)) if v.dtype.is_floating else v for v in variables
-        ]
-        forward = functools.partial(
-            _raised, program, precision.raised(program.graph_def), variables
-        )
 
     @tf.function(autograph=False, reduce_retracing=True)
     def gradient(example: list[tf.Tensor], row: tf.Tensor) -> list[tf.Tensor]:
-        values = {n: tf.convert_to_tensor(v) for n, v in enumerate(variables)}
-        output = forward(example, values, [head])[head]
+        with tf.GradientTape() as tape:
+            tape.watch(variables)
+            entry = tf.reshape(model(example), [-1])[row]
+        gradients = tape.gradient(entry, variables)
+        return [_or_zeros(g, v) for g, v in zip(gradients, variables, strict=True)]
+
+    return lambda example, row: gradient(example, tf.constant(row))
+
+
+def _raised_reference(
+    program: Program, head: str, weights: Sequence[Source]
+) -> Callable[..., list[tf.Tensor]]:
+    """Return the same with the traced graph's float types raised to float64."""
+    values = [host.tf_variable(v) for v in program.weights.variables]
+    variables = [tf.Variable(precision.widened(v)) if v.dtype.is_floating else v for v in values]
+    graph_def = precision.raised(program.graph_def)
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def gradient(example: list[tf.Tensor], row: tf.Tensor) -> list[tf.Tensor]:
+        read = {n: tf.convert_to_tensor(v) for n, v in enumerate(variables)}
+        output = _raised(program, graph_def, variables, example, read, [head])[head]
         entry = tf.reshape(output, [-1])[row]
         graph = tf.compat.v1.get_default_graph()
         # Through the handles, so that values read inside a loop count as well; all in one pass.
         handles = [host.capture(graph, variables[source.index].handle) for source in weights]
         gradients = tf.gradients(entry, handles)
         return [
-            _or_zeros(one, values[source.index])
-            for source, one in zip(weights, gradients, strict=True)
+            _or_zeros(g, read[source.index]) for source, g in zip(weights, gradients, strict=True)
         ]
 
     return lambda example, row: gradient(example, tf.constant(row))
