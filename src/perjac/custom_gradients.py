@@ -65,8 +65,8 @@ class _Gradient:
     ----------
     graph_def : GraphDef
         From `dys` and what it closes over to `dxs`.
-    dys : list of tf.Tensor
-        Its placeholders for the cotangents.
+    dys : list of tf.Tensor or None
+        Its placeholders for the cotangents of what has one.
     dxs : list of str or None
         The gradient for each operand.
     inner : list of tf.Tensor
@@ -78,7 +78,7 @@ class _Gradient:
     """
 
     graph_def: Any
-    dys: list[tf.Tensor]
+    dys: list[tf.Tensor | None]
     dxs: list[str | None]
     inner: list[tf.Tensor]
     names: list[str]
@@ -89,7 +89,12 @@ class _Gradient:
         with op.graph.as_default():
             scratch = host.scratch_graph()
         with scratch.as_default():
-            dys = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in op.outputs]
+            dys = [
+                tf.compat.v1.placeholder(t.dtype, t.shape)
+                if t.dtype.is_floating or t.dtype.is_complex
+                else None
+                for t in op.outputs
+            ]
             found = host.registered_gradient(op.get_attr(_GRADIENT))(op, *dys)
             dxs = [None if dx is None else tf.convert_to_tensor(dx).name for dx in found]
         captured = [(outer, inner.name) for outer, inner in host.captures(scratch)]
@@ -104,10 +109,11 @@ class _Gradient:
 
     def __call__(self, op: Any, *dys: Any) -> list[tf.Tensor | None]:
         graph = tf.compat.v1.get_default_graph()
-        feed = dict(zip((t.name for t in self.dys), dys, strict=False)) | self.outer
+        pairs = [(own, dy) for own, dy in zip(self.dys, dys, strict=False) if own is not None]
+        feed = {own.name: dy for own, dy in pairs} | self.outer
         feed |= dict(zip(self.names, op.inputs[len(self.dys) :], strict=True))
         feed = {name: host.capture(graph, tensor) for name, tensor in feed.items()}
-        raised = dys[0].dtype != self.dys[0].dtype
+        raised = any(dy.dtype != own.dtype for own, dy in pairs)
         wanted = [name for name in dict.fromkeys(self.dxs) if name is not None]
         made = [name for name in wanted if name not in feed]
         found = tf.graph_util.import_graph_def(

@@ -29,6 +29,7 @@ from perjac.shapes import known
 from perjac.steps import most_steps, through_identities
 
 LOOPS = {"While", "StatelessWhile"}
+_LIST_READS = {"TensorListGetItem", "TensorArrayReadV3"}
 _SAME_SIZE = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}
 
 
@@ -97,6 +98,7 @@ class Loop:
         self._nodes = {node.name: node for node in body.nodes}
         self._moving = [n for n, result in enumerate(body.results) if not self._stays(n, result)]
         self._inside = self._scratch()
+        self._pair = self._scratch(batch=2)
         staying = {r: t.name for r, t in self._staying().items()}
         self._made = {r for r, name in staying.items() if name in kinds.params}
         self._varying = {body.arguments[n] for n in self._moving}
@@ -234,6 +236,8 @@ class Loop:
             and op.outputs[0].dtype.is_floating
             and all(t.shape.rank and t.shape[0] is None for t in tensors)
             and all(t.shape[1:].is_fully_defined() for t in tensors)
+            # Positions folded into the batch lie between the steps, where no rule finds them.
+            and all(self._pair[r].shape[0] == 2 for r in [meeting.result, *meeting.data.values()])
         )
 
     def _frontier(self) -> set[str]:
@@ -258,15 +262,26 @@ class Loop:
         arguments = enumerate(self._body.arguments)
         return {r: self._outer[n] for n, r in arguments if n not in self._moving}
 
-    def _scratch(self) -> Builder:
-        """Return the body built in a scratch graph."""
+    def _scratch(self, batch: int | None = None) -> Builder:
+        """Return the body built in a scratch graph, for a batch of unknown or of given size."""
         scratch = host.scratch_graph()
         with scratch.as_default():
-            feed = {r: host.capture(scratch, t) for r, t in self._staying().items()}
+
+            def stand_in(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+                dims = [batch, *shape[1:]] if shape.rank and shape[0] is None else shape
+                return tf.compat.v1.placeholder(tensor.dtype, dims)
+
+            feed = {}
+            for r, tensor in self._staying().items():
+                batched = batch and tensor.shape.rank and tensor.shape[0] is None
+                outside = stand_in(tensor, tensor.shape) if batched else tensor
+                feed[r] = host.capture(scratch, outside)
             for n in self._moving:
-                feed[self._body.arguments[n]] = tf.compat.v1.placeholder(
-                    self._outer[n].dtype, self._shape(n)
-                )
+                feed[self._body.arguments[n]] = stand_in(self._outer[n], self._shape(n))
+            if batch:  # what is read from a list has the batch in front, which the list forgets
+                reads = [node.name for node in self._body.nodes if node.op in _LIST_READS]
+                for r in (f"{name}:0" for name in reads):
+                    feed[r] = stand_in(self._inside[r], self._inside[r].shape)
             inside = self._inner(self._body.nodes, feed)
             inside.build_all()
         return inside

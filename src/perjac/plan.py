@@ -169,6 +169,8 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
     if site.type not in rules.RULES:
         raise rules.NoRule(f"no rule for {site.type}")
     traced = program.graph.get_operation_by_name(site.operation)
+    if not traced.outputs[0].dtype.is_floating:
+        raise rules.NoRule(f"its result is of type {traced.outputs[0].dtype.name}")
     name, ordered = traced.outputs[0].name, program.stand_in(site.operation).ordered
     if name not in program.extents:
         raise rules.NoRule("its result has no batch axis in front, or an unknown one behind")
