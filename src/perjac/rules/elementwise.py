@@ -124,4 +124,7 @@ def _beside(site: BoundSite, operand: int, delta: tf.Tensor) -> tf.Tensor:
         if x.shape.rank == 0 or x.shape.is_fully_defined():
             return x  # no batch axis: it broadcasts as it is
         raise NoRule("the data has fewer axes than the result")
-    return tf.expand_dims(site.data(operand), 1)
+    if x.shape[1:] != site.output.shape[1:]:
+        # Spread as in the operation itself: beside δ, TensorFlow runs out of broadcast axes.
+        x = tf.broadcast_to(x, tf.shape(site.output))
+    return tf.expand_dims(site.unfold(x), 1)
