@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -92,6 +92,12 @@ class Factor:
         if held is None or count is None or rows * count > held:
             return self
         return Explicit(Relabelling.of(self.layout.shape), self.dense())
+
+    def cast(self, dtype: tf.DType) -> Factor:
+        """Return the same with its numbers in another floating type."""
+        return tf.nest.map_structure(
+            lambda t: tf.cast(t, dtype) if t.dtype.is_floating else t, self
+        )
 
     @property
     def row_count(self) -> int | None:
@@ -367,6 +373,14 @@ class Sum(Factor):
     def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
         """Add the parts' answers."""
         return tf.add_n([part.vjp(u, per_example) for part in self.parts])
+
+
+def held_in(dtypes: Iterable[tf.DType]) -> tf.DType:
+    """Return the type in which rows by sources of these types are held and summed up.
+
+    Half precision is too coarse, and too soon at its end, for sums of squares.
+    """
+    return tf.float64 if tf.float64 in dtypes else tf.float32
 
 
 def combine(factors: Sequence[Factor]) -> Factor:

@@ -13,8 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.errors import ExamplesMeetError
+from perjac.precision import EPSILON
 from perjac.sites import Flow, upstream
 from perjac.trace import Program
+
+# How far, relative to the largest number, an example alone may be from the same among others.
+_ALONE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
 def probe(
     program: Program, flow: Flow, head: str, watched: Sequence[str], inputs: Sequence[tf.Tensor]
 ) -> Order:
-    """Run two examples, change one, and see whether the other's numbers move.
+    """Run two examples, change one or leave it out, and see whether the other's numbers move.
 
     Parameters
     ----------
@@ -96,26 +100,26 @@ def probe(
     """
     watched = list(dict.fromkeys([head, *watched]))
     pair = _two_different(inputs)
-    runs = _runs(program, watched, pair)
-    if not all(_same(a, b) for a, b in zip(runs[0][:1], runs[3][:1], strict=True)):
+    *runs, again, alone = _runs(program, watched, pair)
+    if not _same(runs[0][0], again[0]):
         return Order()
-    found = {name: [run[n] for run in runs[:3]] for n, name in enumerate(watched)}
+    found = {name: [run[n] for run in runs] for n, name in enumerate(watched)}
     astray = [name for name, tensors in found.items() if _leaks(tensors)]
-    if head in astray:
+    if head in astray or _depends_on_size(runs[0][0], alone[0]):
         raise _meeting(*_first_leak(program, flow, head, pair))
     inner = {name for name in astray if not _leaks([_regrouped(t) for t in found[name]])}
     return Order(frozenset(inner), frozenset(astray) - inner)
 
 
 def _runs(program: Program, names: Sequence[str], pair: Sequence[np.ndarray]) -> list[list]:
-    """Return the named tensors for the batches (p, q), (p, p), (q, q) and (p, q) again."""
+    """Return the named tensors for the batches (p, q), (p, p), (q, q), (p, q) again and (p)."""
 
     @tf.function(autograph=False, input_signature=[program.specs])
     def run(inputs):
         found = program.replay(inputs, {}, names)
         return [found[name] for name in names]
 
-    orders = ([0, 1], [0, 0], [1, 1], [0, 1])
+    orders = ([0, 1], [0, 0], [1, 1], [0, 1], [0])
     return [[t.numpy() for t in run([x[order] for x in pair])] for order in orders]
 
 
@@ -128,6 +132,18 @@ def _leaks(runs: Sequence[np.ndarray]) -> bool:
     return not (_same(both[:half], first[:half]) and _same(both[half:], second[half:]))
 
 
+def _depends_on_size(pair: np.ndarray, alone: np.ndarray) -> bool:
+    """Tell whether p's block is another one where p is alone, beyond what rounding makes of it.
+
+    TensorFlow multiplies matrices of other sizes in another order, hence the tolerance.
+    """
+    if not _epsilon(alone):
+        return False
+    tolerance = max(_ALONE, 100 * _epsilon(alone))
+    blocks = (tensor[: len(alone)] for tensor in (pair, _regrouped(pair)))
+    return not any(_same(block, alone, tolerance) for block in blocks)
+
+
 def _regrouped(tensor: np.ndarray) -> np.ndarray:
     """Put the two examples of (F·2, ...) one after the other: (2·F, ...)."""
     if tensor.ndim == 0 or len(tensor) % 2:
@@ -136,13 +152,20 @@ def _regrouped(tensor: np.ndarray) -> np.ndarray:
     return split.swapaxes(0, 1).reshape(tensor.shape)
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
+def _same(a: np.ndarray, b: np.ndarray, tolerance: float | None = None) -> bool:
     if a.shape != b.shape:
         return False
-    if a.dtype.kind not in "fc":
+    tolerance = tolerance or 100 * _epsilon(a)
+    if not tolerance:
         return bool(np.array_equal(a, b))
+    a, b = (x.astype(complex if x.dtype.kind == "c" else float) for x in (a, b))
     scale = np.max(np.abs(a[np.isfinite(a)]), initial=0)
-    return np.allclose(a, b, rtol=0, atol=100 * np.finfo(a.dtype).eps * scale, equal_nan=True)
+    return np.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _epsilon(tensor: np.ndarray) -> float:
+    """Return the precision of floating and complex numbers, 0 for others."""
+    return EPSILON.get(tf.as_dtype(tensor.dtype).real_dtype, 0)
 
 
 def _first_leak(
@@ -160,9 +183,9 @@ def _first_leak(
         and t.shape.rank is not None
         and (t.shape.rank == 0 or t.shape[0] is None)
     ]
-    runs = _runs(program, [name for name, _ in numeric], pair)[:3]
+    *runs, _, alone = _runs(program, [name for name, _ in numeric], pair)
     for n, named in enumerate(numeric):
-        if _leaks([run[n] for run in runs]):
+        if _leaks([run[n] for run in runs]) or _depends_on_size(runs[0][n], alone[n]):
             return named
     return head, "output"
 
@@ -172,8 +195,9 @@ def _meeting(tensor: str, kind: str) -> ExamplesMeetError:
     return ExamplesMeetError(
         f"Examples influence one another: they meet in {where!r} (tensor {tensor!r}, {kind}). A "
         "derivative of one example alone has no meaning there. Is a batch normalisation in "
-        "training mode, or a reduction, sort or reversal along the batch axis? Use training=False "
-        'or reduce within the example; independence="trust" skips this check.'
+        "training mode, a reduction, sort or reversal along the batch axis, or the number of "
+        "examples in a formula? Use training=False or reduce within the example; "
+        'independence="trust" skips this check.'
     )
 
 

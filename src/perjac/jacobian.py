@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from perjac import memory
 from perjac.errors import InputError, UnknownNameError
-from perjac.factors import Explicit, Factor
+from perjac.factors import Explicit, Factor, held_in
 from perjac.shapes import known
 from perjac.sources import Source, Weights, is_variable, match
 
@@ -57,6 +57,9 @@ class Jacobian(Mapping):
         self._sources = {source.key: source for source in sources}
         self._memory_limit = memory_limit
         self.outputs, self.row_shape = outputs, tuple(row_shape)
+        dtypes = [source.dtype for source in sources]
+        self._held = held_in(dtypes)
+        self._dtype = max(dtypes, key=lambda dtype: dtype.size)  # of what is about all sources
         entries = sum(source.size for source in sources)
         self.shape = (known(outputs.shape)[0], math.prod(self.row_shape), entries)
 
@@ -70,7 +73,8 @@ class Jacobian(Mapping):
             rows = factor.dense()
         else:  # under one name: queries are compiled for kinds and shapes, not for each weight
             rows = _query("dense", self._jit and factor.rank_one)({"": factor})[""]
-        return tf.reshape(rows, [batch, *self.row_shape, *source.shape])
+        rows = tf.reshape(rows, [batch, *self.row_shape, *source.shape])
+        return tf.cast(rows, source.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -98,10 +102,9 @@ class Jacobian(Mapping):
             If it does not fit into the memory limit.
         """
         batch, count, size = self.shape
-        dtype = next(iter(self._sources.values())).dtype
-        self._check_size(size, dtype, "the whole Jacobian")
+        self._check_size(size, self._dtype, "the whole Jacobian")
         parts = [tf.reshape(self[key], [batch, count, s.size]) for key, s in self._sources.items()]
-        return tf.concat(parts, 2)
+        return tf.concat([tf.cast(part, self._dtype) for part in parts], 2)
 
     def norms(self, per: str | None = None) -> Any:
         """Return Frobenius norms, without forming rows where there is a cheaper way.
@@ -120,9 +123,10 @@ class Jacobian(Mapping):
             raise InputError(f"Expected per=None, 'row' or 'source'. Received: {per!r}.")
         squared = _query("squared_norms")(self._factors)
         if per == "source":
-            return {key: tf.sqrt(tf.reduce_sum(s, 1)) for key, s in self._ordered(squared).items()}
-        total = _total(squared)
-        return tf.sqrt(total if per == "row" else tf.reduce_sum(total, 1))
+            return self._ordered({k: tf.sqrt(tf.reduce_sum(s, 1)) for k, s in squared.items()})
+        total = tf.add_n(list(squared.values()))
+        norms = tf.sqrt(total if per == "row" else tf.reduce_sum(total, 1))
+        return tf.cast(norms, self._dtype)
 
     def gram(self, other: Jacobian | None = None) -> tf.Tensor:
         """Return all inner products of rows, (B, K, B', K'): the empirical neural tangent kernel.
@@ -147,7 +151,7 @@ class Jacobian(Mapping):
             size * self.outputs.dtype.size, self._memory_limit, "the Gram matrix",
             "Choose fewer outputs or examples, and fill it block by block with gram(other).",
         )  # fmt: skip
-        return _total(_query("gram")(self._factors, other._factors))
+        return self._total(_query("gram")(self._factors, other._factors))
 
     def jvp(self, v: Any) -> tf.Tensor:
         """Return J v, (B, K).
@@ -159,7 +163,7 @@ class Jacobian(Mapping):
         """
         directions = self._directions(v)
         asked = {key: self._factors[key] for key in directions}
-        return _total(_query("jvp")(asked, directions))
+        return self._total(_query("jvp")(asked, directions))
 
     def vjp(self, u: Any, per_example: bool = False) -> dict[str, tf.Tensor]:
         """Return Jᵀ u, as a mapping from key to an array of the source's shape.
@@ -178,7 +182,7 @@ class Jacobian(Mapping):
                 f"Expected u of shape {(batch, count)} or {(batch, *self.row_shape)}. "
                 f"Received: {tuple(u.shape)}."
             )
-        u = tf.cast(tf.reshape(u, [batch, count]), self.outputs.dtype)
+        u = tf.cast(tf.reshape(u, [batch, count]), self._held)
         return self._ordered(_query("vjp", per_example=per_example)(self._factors, u))
 
     def diagonal(self) -> dict[str, tf.Tensor]:
@@ -186,7 +190,11 @@ class Jacobian(Mapping):
         return self._ordered(_query("diagonal")(self._factors))
 
     def _ordered(self, answers: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: answers[key] for key in self._sources}  # tf.function sorts its mappings
+        """Return the answers in the order and types of the sources."""
+        return {key: tf.cast(answers[key], s.dtype) for key, s in self._sources.items()}
+
+    def _total(self, answers: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        return tf.cast(tf.add_n(list(answers.values())), self._dtype)
 
     def _find(self, key: Any) -> Source:
         if is_variable(key):
@@ -212,7 +220,7 @@ class Jacobian(Mapping):
                     f"Expected v[{wrong[0].key!r}] of shape {wrong[0].shape}. Received: "
                     f"{tuple(named[wrong[0]].shape)}." if wrong else "v is empty."
                 )  # fmt: skip
-            return {s.key: tf.cast(value, s.dtype) for s, value in named.items()}
+            return {s.key: tf.cast(value, self._held) for s, value in named.items()}
         flat = tf.convert_to_tensor(v)
         if tuple(flat.shape) != (self.shape[2],):
             raise InputError(
@@ -220,7 +228,7 @@ class Jacobian(Mapping):
             )
         parts = tf.split(flat, [source.size for source in sources])
         return {
-            s.key: tf.cast(tf.reshape(part, s.shape), s.dtype)
+            s.key: tf.cast(tf.reshape(part, s.shape), self._held)
             for s, part in zip(sources, parts, strict=True)
         }
 
@@ -250,7 +258,3 @@ def _query(name: str, jit: bool = False, **options: Any) -> Callable[..., dict[s
 
     # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
     return tf.function(ask, autograph=False, jit_compile=jit or None)
-
-
-def _total(answers: Mapping[str, tf.Tensor]) -> tf.Tensor:
-    return tf.add_n(list(answers.values()))

@@ -16,7 +16,7 @@ Step = tuple[str, tuple, tuple]
 
 @dataclasses.dataclass(frozen=True)
 class Relabelling:
-    """A chain of reshapes, transpositions and casts, from `shape` to `target`.
+    """A chain of reshapes and transpositions, from `shape` to `target`.
 
     Examples
     --------
@@ -57,11 +57,6 @@ class Relabelling:
         backwards = tuple(sorted(range(len(axes)), key=axes.__getitem__))
         return Relabelling(self.shape, target, (*self.steps, ("transpose", backwards, axes)))
 
-    def cast(self, before: tf.DType, after: tf.DType) -> Relabelling:
-        """Follow with a change of floating type."""
-        step = ("cast", (before.as_datatype_enum,), (after.as_datatype_enum,))
-        return Relabelling(self.shape, self.target, (*self.steps, step))
-
     def apply(self, tensor: tf.Tensor, lead: int = 0) -> tf.Tensor:
         """Lay out (*lead, *shape) as (*lead, *target)."""
         for kind, _, after in self.steps:
@@ -78,6 +73,4 @@ class Relabelling:
 def _take(kind: str, to: tuple, tensor: tf.Tensor, lead: int) -> tf.Tensor:
     if kind == "reshape":
         return tf.reshape(tensor, tf.concat([tf.shape(tensor)[:lead], to], 0))
-    if kind == "transpose":
-        return tf.transpose(tensor, [*range(lead), *(axis + lead for axis in to)])
-    return tf.cast(tensor, tf.as_dtype(to[0]))
+    return tf.transpose(tensor, [*range(lead), *(axis + lead for axis in to)])

@@ -210,6 +210,8 @@ class Job:
         Rows swept together.
     order : Order
         How examples lie in the tensors.
+    dtype : tf.DType
+        What the factors are held in.
     """
 
     def __init__(
@@ -221,8 +223,9 @@ class Job:
         signature: tuple[str, int],
         chunk: int,
         order: Order,
+        dtype: tf.DType,
     ):
-        self._order = order
+        self._order, self._dtype = order, dtype
         self._program, self._head, self._tensors = program, head, dict(tensors)
         (self._kind, self._count), self._chunk = signature, chunk
         self._wanted = {d.source.index: d.source for d in decisions}
@@ -266,7 +269,9 @@ class Job:
                 self._chunk,
             )
         factors = {
-            source.key: Explicit(Relabelling.of(source.shape), tf.squeeze(delta, 2))
+            source.key: Explicit(Relabelling.of(source.shape), tf.squeeze(delta, 2)).cast(
+                self._dtype
+            )
             for source, delta in zip(self._tensors, swept, strict=False)
             if delta is not None
         }
@@ -290,11 +295,11 @@ class Job:
                 parametrised.append((place.weight, factor.dense()))
             else:
                 (number,) = site.variables
-                parts.setdefault(number, []).append(factor.compact())
+                parts.setdefault(number, []).append(factor.cast(self._dtype).compact())
         asked = {n: values[n] for s in self._sites if s.layout is None for n in s.variables}
         asked = {n: value for n, value in asked.items() if n in self._wanted}
         for number, pulled in _pull_back(parametrised, asked).items():
-            parts.setdefault(number, []).append(pulled)
+            parts.setdefault(number, []).append(pulled.cast(self._dtype))
         return {self._wanted[n].key: combine(made) for n, made in parts.items()}
 
 
@@ -351,6 +356,6 @@ def chunk_of(program: Program, head: str, count: int, batch: int) -> int:
     return min(count, 2 ** max(3, math.floor(math.log2(max(together, 1)))))
 
 
-def zero(source: Source, batch: int, count: int) -> Zero:
+def zero(source: Source, batch: int, count: int, dtype: tf.DType) -> Zero:
     """Return the rows of something the output does not depend on."""
-    return Zero(Relabelling.of(source.shape), tf.zeros([batch, count, 0], source.dtype))
+    return Zero(Relabelling.of(source.shape), tf.zeros([batch, count, 0], dtype))

@@ -193,8 +193,7 @@ def _transpose(op: Any, before: Relabelling) -> Relabelling | None:
 
 
 def _cast(op: Any, before: Relabelling) -> Relabelling | None:
-    source, target = op.inputs[0].dtype, op.outputs[0].dtype
-    return before.cast(source, target) if target.is_floating else None
+    return before if op.outputs[0].dtype.is_floating else None  # types are no matter of layout
 
 
 _RELABELS = {

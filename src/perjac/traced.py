@@ -16,7 +16,7 @@ from perjac.errors import (
     PathError,
     SlowPathWarning,
 )
-from perjac.factors import Explicit, Factor, join_rows
+from perjac.factors import Explicit, Factor, held_in, join_rows
 from perjac.inputs import Batch
 from perjac.layout import Relabelling
 from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
@@ -139,7 +139,7 @@ class Traced:
 
     def outputs(self, head: str, batch: Batch) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
-        job = self._job(head, [], {}, ("all", 1), 1)
+        job = self._job(head, [], {}, ("all", 1), 1, tf.float32)
         return job.run(batch.tensors, tf.zeros([0], tf.int32))[0]
 
     def factors(
@@ -164,10 +164,10 @@ class Traced:
         DisconnectedWarning
             For sources that the output does not depend on.
         """
+        dtype = held_in([s.dtype for s in sources])
+        nothing = {s.key: zero(s, batch.size, chosen.count, dtype) for s in sources}
         if batch.size == 0 or chosen.count == 0:
-            return self.outputs(head, batch), {
-                s.key: zero(s, batch.size, chosen.count) for s in sources
-            }
+            return self.outputs(head, batch), dict(nothing)
         weights = [s for s in sources if s.kind == "weight"]
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
@@ -177,7 +177,7 @@ class Traced:
             taped, others = list(sources), []
         try:
             result, factors, fine, fine_variables = self._sweep(
-                head, [d for d in decisions if d.path == "factored"], others, batch, chosen
+                head, [d for d in decisions if d.path == "factored"], others, batch, chosen, dtype
             )
         except tf.errors.ResourceExhaustedError:
             raise
@@ -192,13 +192,13 @@ class Traced:
         if taped:
             tape = self._tape(head, taped, chosen.kind)
             for source, rows in zip(taped, tape(batch.tensors, chosen), strict=True):
-                factors[source.key] = Explicit(Relabelling.of(source.shape), rows)
+                explicit = Explicit(Relabelling.of(source.shape), rows)
+                factors[source.key] = explicit.cast(dtype)
             lost = tape.disconnected
         missing = [s for s in sources if s in lost or s.key not in factors]
         if missing:
             _warn_disconnected(self.program.called(head), missing)
-        rest = {s.key: zero(s, batch.size, chosen.count) for s in missing}
-        return result, {s.key: factors.get(s.key) or rest[s.key] for s in sources}
+        return result, {s.key: factors.get(s.key) or nothing[s.key] for s in sources}
 
     def _give_up(self, head: str, failure: Exception) -> None:
         """Let everything go to the tape from here on, and say so."""
@@ -218,13 +218,14 @@ class Traced:
         others: Sequence[Source],
         batch: Batch,
         chosen: Seeds,
+        dtype: tf.DType,
     ) -> tuple:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
         answers = []
         for block in chosen.blocks(rows_at_once(self.program, chosen.count)):
             chunk = chunk_of(self.program, head, block.count, batch.size)
-            job = self._job(head, decisions, tensors, block.signature, chunk)
+            job = self._job(head, decisions, tensors, block.signature, chunk, dtype)
             answers.append(job.run(batch.tensors, block.payload))
         result, _, *fine = answers[0]
         return result, join_rows([factors for _, factors, *_ in answers]), *fine
@@ -236,11 +237,13 @@ class Traced:
         tensors: dict[Source, str],
         signature: tuple[str, int],
         chunk: int,
+        dtype: tf.DType,
     ) -> Job:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
+        order = self._order
         return self._once(
-            ("job", head, wanted, signature, chunk, self._order),
-            lambda: Job(self.program, head, decisions, tensors, signature, chunk, self._order),
+            ("job", head, wanted, signature, chunk, order, dtype),
+            lambda: Job(self.program, head, decisions, tensors, signature, chunk, order, dtype),
         )
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:

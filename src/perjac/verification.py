@@ -14,10 +14,12 @@ import tensorflow as tf
 
 from perjac import host, precision
 from perjac.inputs import Batch
+from perjac.sites import upstream
 from perjac.sources import Source
 from perjac.trace import Program, import_program
 
-_RTOL = {"float64": 1e-10, "float32": 1e-4}
+# By the narrowest type that the model computes in.
+_RTOL = {tf.float64: 1e-10, tf.float32: 1e-4, tf.float16: 1e-2, tf.bfloat16: 5e-2}
 # More rows than these are sampled evenly: the reference takes a pass for each.
 _ROWS, _EXAMPLES = 10, 8
 # Of rounding that the largest weight's Jacobian allows the others: a weight whose exact gradient is
@@ -131,12 +133,20 @@ def verify(
                 squares[0, w] += float(tf.reduce_sum(tf.square(got - right)))
                 squares[1, w] += float(tf.reduce_sum(tf.square(right)))
     difference, norms = np.sqrt(squares)
-    rtol = _RTOL.get(output.dtype.name, 1e-2) if rtol is None else rtol
-    slack = _SLACK * float(np.finfo(output.dtype.as_numpy_dtype).eps) / rtol * norms.max(initial=0)
+    narrowest = max(_types(program, output), key=_RTOL.__getitem__)
+    rtol = _RTOL[narrowest] if rtol is None else rtol
+    slack = _SLACK * precision.EPSILON[narrowest] / rtol * norms.max(initial=0)
     scale = norms + slack
     errors = np.divide(difference, scale, out=difference.copy(), where=scale > 0)
     named = {s.key: float(e) for s, e in zip(weights, errors, strict=True)}
     return Verification(bool(np.all(errors <= rtol)), named, rtol, dtype, examples, rows, note)
+
+
+def _types(program: Program, output: tf.Tensor) -> set[tf.DType]:
+    """Return the floating types that the output is computed in."""
+    needed = upstream(program, [output.name])
+    ops = [op for op in program.graph.get_operations() if op.name in needed]
+    return {t.dtype for op in ops for t in op.outputs if t.dtype in _RTOL} | {output.dtype}
 
 
 def _reference(
