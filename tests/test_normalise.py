@@ -184,6 +184,16 @@ ELSEWHERE = {  # function, the weight's shape
         time_first(lambda x, w: tf.raw_ops.BatchMatMulV2(x=x, y=w)), (4, 3),
     ),
     "products of a weight for each step": (time_first(lambda x, w: tf.matmul(x, w)), (5, 4, 3)),
+    "experts in front, positions folded": (
+        lambda x, w: tf.reshape(
+            tf.reduce_sum(tf.tanh(tf.einsum("th,ehm->etm", tf.reshape(x, (-1, 4)), w)), 0),
+            (-1, 5, 3),
+        ),
+        (2, 4, 3),
+    ),
+    "repeated for every example": (
+        lambda x, w: x[:, None] * tf.repeat(w, tf.shape(x)[0], axis=0), (1, 1, 1, 4),
+    ),
     "sum": (time_first(lambda x, w: x + w), (4,)),
     "difference": (time_first(lambda x, w: w - x), (5, 1, 1)),
     "scale": (time_first(lambda x, w: w * x), (5, 1, 4)),

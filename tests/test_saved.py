@@ -11,7 +11,7 @@ from keras import layers
 from models import randomise
 
 import perjac as pj
-from perjac.errors import FileFormatError, InputError, UnknownNameError
+from perjac.errors import FileFormatError, InputError, LostGradientWarning, UnknownNameError
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -154,19 +154,53 @@ def test_a_model_of_tensorflow_1(tmp_path):
     oracle.assert_agree([jac["w"], jac["b"]], right, "float32")
 
 
+def test_custom_gradients_that_were_not_saved_are_replaced_by_plain_ones(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(5, activation="silu")])
+    randomise(model.weights)
+    x, variables = draw(3, 4), model.trainable_variables
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(model, str(tmp_path), options=options)
+    with pytest.warns(LostGradientWarning, match="without its . custom gradients"):
+        engine = pj.Engine(tmp_path)
+    jac = engine.jacobian(x)
+    found = [jac[v] for v in engine.model.trainable_variables]
+    oracle.assert_agree(found, oracle.weight_rows(model, x, variables), "float32")
+    assert [row.path for row in engine.inspect().rows] == ["factored", "factored"]
+
+
 class Fixed(tf.Module):
     """Signatures that perjac cannot take."""
 
+    def __init__(self):
+        super().__init__()
+        self.w = tf.Variable(1.0)
+
     @tf.function(input_signature=[tf.TensorSpec([1, 4])])
     def one(self, x):
-        return x
+        return x * self.w
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 4]), tf.TensorSpec([])])
+    def scaled(self, x, by):
+        return x * by * self.w
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 4])])
+    def frozen(self, x):
+        return 2 * x
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def text(self, x):
         return tf.strings.length(x)
 
 
-@pytest.mark.parametrize(("signature", "why"), [("one", "first axis is fixed"), ("text", "text")])
+@pytest.mark.parametrize(
+    ("signature", "why"),
+    [
+        ("one", "first axis is fixed"),
+        ("scaled", "a single number, 'by'"),
+        ("text", "takes text"),
+        ("frozen", "no variables"),
+    ],
+)
 def test_a_signature_that_cannot_be_taken_is_refused(signature, why, tmp_path):
     module = Fixed()
     signatures = {signature: getattr(module, signature)}

@@ -24,7 +24,7 @@ _TRANSPOSES = {
 }
 _PRODUCTS = {"Einsum", *_TRANSPOSES}
 _BINARY = {"Add", "AddV2", "Sub", "Mul", "RealDiv", "Maximum", "Minimum", "SquaredDifference"}
-TURNED = _PRODUCTS | _BINARY
+TURNED = _PRODUCTS | _BINARY | {"Tile"}
 
 
 def place(shape: tf.TensorShape) -> int | None:
@@ -49,6 +49,8 @@ def elsewhere(graph: Any, shapes: Mapping[str, tf.TensorShape]) -> set[str]:
 def turn(shapes: Mapping[str, tf.TensorShape], build: Builder, node: Any) -> Sequence[tf.Tensor]:
     """Build an operation with the batch in front, where it has one operand of known shape."""
     operands = build.inputs(node)
+    if node.op == "Tile":
+        return _tiled(node, operands, shapes.get(f"{node.name}:0"))
     for reference, tensor in zip(node.input, operands, strict=False):
         if canonical(reference) in shapes:
             tensor.set_shape(shapes[canonical(reference)])
@@ -100,6 +102,17 @@ def _turned(tensor: tf.Tensor, term: str, batch: str = "", order: str = "") -> t
     if order == term:
         return tensor, order
     return tf.transpose(tensor, [term.index(c) for c in order]), order
+
+
+def _tiled(node: Any, operands: Sequence[tf.Tensor], shape: tf.TensorShape) -> Sequence[tf.Tensor]:
+    """Repeat something of known shape along the batch, which comes in front."""
+    part, copies = operands
+    axis = None if shape is None else place(shape)
+    if shape is None or not axis or not part.shape.is_fully_defined():
+        return alone(node, operands)
+    order = [axis, *(n for n in range(shape.rank) if n != axis)]
+    turned = tf.tile(tf.transpose(part, order), tf.gather(copies, order))
+    return [tf.transpose(turned, sorted(range(shape.rank), key=order.__getitem__))]
 
 
 def _binary(node: Any, x: tf.Tensor, y: tf.Tensor) -> Sequence[tf.Tensor]:

@@ -44,6 +44,17 @@ def function_nodes(definition: Any) -> tuple[Any, dict[str, str]]:
     return function_def_to_graph.function_def_to_graph_def(definition)
 
 
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Return `tf.function(function, autograph=False, **options)`, quiet about being traced often.
+
+    `Function._omit_frequent_tracing_warning` (since TensorFlow 2.4): a job or query is traced once
+    for each shape and kind on purpose, which TensorFlow takes for a mistake of the user's.
+    """
+    made = tf.function(function, autograph=False, **options)
+    made._omit_frequent_tracing_warning = True
+    return made
+
+
 def scratch_graph() -> Any:
     """Return a function graph to try things in (`tf.__internal__.FuncGraph`, since 2.5)."""
     return tf.__internal__.FuncGraph("scratch")

@@ -7,11 +7,14 @@ example's own cotangents only where no example influences another.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from perjac import host
 from perjac.errors import ExamplesMeetError
 from perjac.precision import EPSILON
 from perjac.sites import Flow, upstream
@@ -68,7 +71,7 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
             if t.name in flow.values & used and t.dtype.is_floating and t.shape.is_fully_defined()
         ]
         if lost:
-            raise _meeting(lost[0].name, op.type)
+            raise _meeting(program, lost[0].name, op.type)
 
 
 def probe(
@@ -106,7 +109,7 @@ def probe(
     found = {name: [run[n] for run in runs] for n, name in enumerate(watched)}
     astray = [name for name, tensors in found.items() if _leaks(tensors)]
     if head in astray or _depends_on_size(runs[0][0], alone[0]):
-        raise _meeting(*_first_leak(program, flow, head, pair))
+        raise _meeting(program, *_first_leak(program, flow, head, pair))
     inner = {name for name in astray if not _leaks([_regrouped(t) for t in found[name]])}
     return Order(frozenset(inner), frozenset(astray) - inner)
 
@@ -114,7 +117,7 @@ def probe(
 def _runs(program: Program, names: Sequence[str], pair: Sequence[np.ndarray]) -> list[list]:
     """Return the named tensors for the batches (p, q), (p, p), (q, q), (p, q) again and (p)."""
 
-    @tf.function(autograph=False, input_signature=[program.specs])
+    @functools.partial(host.compiled, input_signature=[program.specs])
     def run(inputs):
         found = program.replay(inputs, {}, names)
         return [found[name] for name in names]
@@ -190,10 +193,13 @@ def _first_leak(
     return head, "output"
 
 
-def _meeting(tensor: str, kind: str) -> ExamplesMeetError:
-    where = tensor.rpartition("/")[0] or tensor
+def _meeting(program: Program, tensor: str, kind: str) -> ExamplesMeetError:
+    scopes = re.sub(r"_\d+(?=/|$)", "", tensor.rpartition("/")[0]).split("/")
+    layers = {re.sub(r"_\d+$", "", name): name for name in program.taps}
+    layer = next((layers[scope] for scope in reversed(scopes) if scope in layers), None)
+    where = f"in layer {layer!r}" if layer else "outside of any layer"
     return ExamplesMeetError(
-        f"Examples influence one another: they meet in {where!r} (tensor {tensor!r}, {kind}). A "
+        f"Examples influence one another: they meet {where}, tensor {tensor!r} ({kind}). A "
         "derivative of one example alone has no meaning there. Is a batch normalisation in "
         "training mode, a reduction, sort or reversal along the batch axis, or the number of "
         "examples in a formula? Use training=False or reduce within the example; "

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import memory
+from perjac import host, memory
 from perjac.errors import InputError, UnknownNameError
 from perjac.factors import Explicit, Factor, held_in
 from perjac.shapes import known
@@ -257,4 +257,4 @@ def _query(name: str, jit: bool = False, **options: Any) -> Callable[..., dict[s
         return answers
 
     # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
-    return tf.function(ask, autograph=False, jit_compile=jit or None)
+    return host.compiled(ask, jit_compile=jit or None)

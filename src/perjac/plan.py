@@ -230,7 +230,7 @@ class Job:
         (self._kind, self._count), self._chunk = signature, chunk
         self._wanted = {d.source.index: d.source for d in decisions}
         self._sites = list(dict.fromkeys(s for d in decisions for s in d.sites))
-        self.run = tf.function(self._run, autograph=False, input_signature=self._signature())
+        self.run = host.compiled(self._run, input_signature=self._signature())
 
     def _signature(self) -> list:
         program, output = self._program, self._program.graph.get_tensor_by_name(self._head)

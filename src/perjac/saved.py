@@ -7,12 +7,23 @@ engines.
 from __future__ import annotations
 
 import pathlib
+import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
-from perjac.errors import FileFormatError, InputError, UnknownNameError, nearest
+from perjac.errors import (
+    FileFormatError,
+    InputError,
+    LostGradientWarning,
+    UnknownNameError,
+    nearest,
+)
+
+_GRADIENT = "_gradient_op_type"
 
 
 class SavedFunction:
@@ -55,6 +66,12 @@ class SavedFunction:
         self.variables = list(self._function.variables)
         floats = [v for v in self.variables if v.dtype.is_floating]
         self.trainable_variables = [v for v in floats if v.trainable] or floats
+        if not self.variables:
+            raise InputError(
+                f"Signature {self.name!r} of {path} has no variables: its weights are frozen into "
+                "constants. Give Engine the function that tf.saved_model.load returns, and ask "
+                "wrt='inputs'."
+            )
 
     def __call__(self, inputs: Any) -> Any:
         """Run the signature on a batch: one array, or one for each input, in order or by name."""
@@ -76,12 +93,48 @@ def _load(path: pathlib.Path) -> Any:
             ".h5 file."
         )
     try:
-        return tf.saved_model.load(str(path))
+        with tempfile.TemporaryDirectory() as copy:
+            return tf.saved_model.load(str(_without_lost_gradients(path, pathlib.Path(copy))))
     except Exception as failure:  # TensorFlow raises whatever its readers stumble over
         text = str(failure).strip().splitlines()
         raise FileFormatError(
             f"Cannot read the SavedModel {path}: {text[0] if text else type(failure).__name__}"
         ) from failure
+
+
+def _without_lost_gradients(path: pathlib.Path, copy: pathlib.Path) -> pathlib.Path:
+    """Return a folder whose model refers to no custom gradient that was not saved with it.
+
+    TensorFlow keeps the number that such a gradient had in the process that saved it. Here another
+    one may have that number, and would be taken for it without a word.
+    """
+    file = path / "saved_model.pb"
+    if not file.exists():
+        return path
+    model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    lost = 0
+    for graph in (meta.graph_def for meta in model.meta_graphs):
+        saved = {entry.registered_op_type for entry in graph.library.registered_gradients}
+        functions = graph.library.function
+        for node in [*graph.node, *(n for f in functions for n in f.node_def)]:
+            name = node.attr[_GRADIENT].s.decode() if _GRADIENT in node.attr else ""
+            if name.startswith("CustomGradient-") and name not in saved:
+                del node.attr[_GRADIENT]
+                lost += 1
+    if not lost:
+        return path
+    warnings.warn(
+        f"The SavedModel {path} was saved without its {lost} custom gradients (of SiLU, say): the "
+        "plain gradients of their operations take their place. To keep them, save it with "
+        "tf.saved_model.SaveOptions(experimental_custom_gradients=True).",
+        LostGradientWarning,
+        stacklevel=6,
+    )
+    for part in path.iterdir():
+        if part != file:
+            (copy / part.name).symlink_to(part.resolve())
+    (copy / file.name).write_bytes(model.SerializeToString())
+    return copy
 
 
 def _chosen(signatures: Mapping[str, Any], asked: str | None, path: pathlib.Path) -> str:
@@ -111,7 +164,12 @@ def _check(spec: tf.TensorSpec, signature: str) -> None:
             f"Signature {signature!r} takes text ({spec.name!r}). perjac takes numbers: choose a "
             "signature behind the text's preparation."
         )
-    if spec.shape.rank == 0 or (spec.shape.rank and spec.shape[0] is not None):
+    if spec.shape.rank == 0:
+        raise InputError(
+            f"Signature {signature!r} takes a single number, {spec.name!r}, beside the batch. Load "
+            "the model with tf.saved_model.load, and give Engine a function that fills it in."
+        )
+    if spec.shape.rank and spec.shape[0] is not None:
         raise InputError(
             f"Signature {signature!r} takes {spec.name!r} of shape {spec.shape}, whose first axis "
             "is fixed. perjac traces with the number of examples unknown: save the model with "

@@ -62,8 +62,8 @@ class Tape:
         self._variables, self._sources, self._kind = variables, list(sources), kind
         self._refused, self._trusted = refused, False
         self.disconnected: set[Source] = set()  # known after the first call
-        self._batched = tf.function(self._all, autograph=False, reduce_retracing=True)
-        self._single = tf.function(self._one, autograph=False, reduce_retracing=True)
+        self._batched = host.compiled(self._all, reduce_retracing=True)
+        self._single = host.compiled(self._one, reduce_retracing=True)
 
     def __call__(self, inputs: Sequence[tf.Tensor], seeds: Seeds) -> list[tf.Tensor]:
         """Return each source's rows, (B, K, *shape)."""

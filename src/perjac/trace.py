@@ -251,13 +251,17 @@ class Program:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tf.TensorShape]:
-        """The shape of every tensor that has the batch on one of its axes, unknown only there."""
+        """The shape of every tensor that has the batch on one of its axes, unknown only there.
+
+        Positions may be folded into that axis.
+        """
         found = {}
         for (name, two), three in zip(self._sizes[0].items(), self._sizes[1].values(), strict=True):
             if two is None or three is None or len(two) != len(three) or None in two:
                 continue
-            dims = [a if a == b else None for a, b in zip(two, three, strict=True)]
-            if dims.count(None) == 1 and two[dims.index(None)] == 2:
+            moving = [n for n, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+            if len(moving) == 1 and 3 * (two[moving[0]] or 0) == 2 * (three[moving[0]] or 0):
+                dims = [None if n in moving else d for n, d in enumerate(two)]
                 found[name] = tf.TensorShape(dims)
         return found
 
@@ -279,7 +283,7 @@ class Program:
         held = [t for t in tensors if t.dtype not in (tf.resource, tf.variant)]
         names = [t.name for t in held if t.op.name not in self.stand_ins]  # those never run
 
-        @tf.function(autograph=False)
+        @host.compiled
         def run(inputs):
             found = self.replay(inputs, {}, names)
             return [tf.shape(found[name]) for name in names]

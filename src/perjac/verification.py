@@ -6,6 +6,7 @@ The reference knows nothing of sites, rules, factors or plans.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -154,7 +155,7 @@ def _reference(
 ) -> Callable[..., list[tf.Tensor]]:
     """Return the loop's body: one example (1, ...) and one output to each weight's gradient."""
 
-    @tf.function(autograph=False, reduce_retracing=True)
+    @functools.partial(host.compiled, reduce_retracing=True)
     def gradient(example: list[tf.Tensor], row: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(variables)
@@ -173,7 +174,7 @@ def _raised_reference(
     variables = [tf.Variable(precision.widened(v)) if v.dtype.is_floating else v for v in values]
     graph_def = precision.raised(program.graph_def)
 
-    @tf.function(autograph=False, reduce_retracing=True)
+    @functools.partial(host.compiled, reduce_retracing=True)
     def gradient(example: list[tf.Tensor], row: tf.Tensor) -> list[tf.Tensor]:
         read = {n: tf.convert_to_tensor(v) for n, v in enumerate(variables)}
         output = _raised(program, graph_def, variables, example, read, [head])[head]
