@@ -104,7 +104,9 @@ def _turned(tensor: tf.Tensor, term: str, batch: str = "", order: str = "") -> t
     return tf.transpose(tensor, [term.index(c) for c in order]), order
 
 
-def _tiled(node: Any, operands: Sequence[tf.Tensor], shape: tf.TensorShape) -> Sequence[tf.Tensor]:
+def _tiled(
+    node: Any, operands: Sequence[tf.Tensor], shape: tf.TensorShape | None
+) -> Sequence[tf.Tensor]:
     """Repeat something of known shape along the batch, which comes in front."""
     part, copies = operands
     axis = None if shape is None else place(shape)

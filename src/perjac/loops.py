@@ -29,6 +29,7 @@ from perjac.shapes import known
 from perjac.steps import most_steps, through_identities
 
 LOOPS = {"While", "StatelessWhile"}
+_SUMS = {"Add", "AddV2", "BiasAdd", "Identity"}
 _LIST_READS = {"TensorListGetItem", "TensorArrayReadV3"}
 _SAME_SIZE = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}
 
@@ -134,7 +135,10 @@ class Loop:
             for r in dict.fromkeys(m.place for m in self._meetings)
         }
         lists = [_list_of(tf.reshape(z, [steps, batch, *z.shape[1:]])) for z in zeros.values()]
-        kept = list(dict.fromkeys(r for m in self._meetings for r in m.data.values()))
+        data = [m.data.values() for m in self._meetings]
+        asked = [self._needed(m) for m in self._meetings]
+        # One at least is kept: it shows how the examples lie.
+        kept = list(dict.fromkeys(r for rs in (asked if any(asked) else data) for r in rs))
         arrays = [
             tf.TensorArray(_disguise(t), steps, element_shape=[None, *known(t.shape[1:])])
             for t in map(self._inside.__getitem__, kept)
@@ -149,9 +153,9 @@ class Loop:
             inner = self._inner(self._with_zeros(), self._arguments(self._body, moving) | feed)
             found = [inner[_summed(r) if r in zeros else r] for r in self._results()]
             data = [inner[_summed(r) if r in zeros else r] for r in kept]
-            # The last zero is popped first, so the first step is kept last.
+            place = steps - 1 - number  # the last zero is popped first: so is the first step kept
             arrays = [
-                array.write(steps - 1 - number, tf.bitcast(t, _disguise(t)))
+                array.write(place, tf.bitcast(t, _disguise(t)))
                 for array, t in zip(arrays, data, strict=True)
             ]
             return (number + 1, [rest for rest, _ in popped], arrays, *found)
@@ -187,12 +191,17 @@ class Loop:
         self, meeting: _Meeting, laid_out: Mapping[str, tf.Tensor], zero: tf.Tensor
     ) -> tuple[str, StandIn]:
         operands = [
-            laid_out[r] if n in meeting.data else self._outside[r]
+            laid_out.get(r, zero) if n in meeting.data else self._outside[r]
             for n, r in enumerate(meeting.inputs)
         ]
         (result,) = alone(self._nodes[_node(meeting.result)], operands)
-        data = next(iter(meeting.data.values()))
-        return result.op.name, StandIn(zero.name, laid_out[data].name)
+        return result.op.name, StandIn(zero.name, next(iter(laid_out.values())).name)
+
+    def _needed(self, meeting: _Meeting) -> list[str]:
+        """Return the data that a rule can ask for: of sums none, where zeros stand in for it."""
+        data = list(meeting.data.values())
+        is_sum = meeting.op.type in _SUMS and self._are_alike(data[0], meeting.place)
+        return [] if is_sum else data
 
     def _meet(self) -> tuple[list[_Meeting], set[str]]:
         """Return what can be stood in for, and what is made of weights and used in other ways."""
@@ -220,8 +229,7 @@ class Loop:
         if len(users) != 1 or reference in self._results():
             return reference
         (result,) = users
-        sums = ("Add", "AddV2", "BiasAdd", "Identity")
-        if self._nodes[_node(result)].op not in sums or not self._are_alike(reference, result):
+        if self._nodes[_node(result)].op not in _SUMS or not self._are_alike(reference, result):
             return reference
         return self._summed_up(result)
 
@@ -384,7 +392,8 @@ def _pop(held: tf.Tensor, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     popped = tf.raw_ops.TensorListPopBack(
         input_handle=held, element_shape=[-1, *known(like.shape[1:])], element_dtype=like.dtype
     )
-    return popped.output_handle, tf.ensure_shape(popped.tensor, [None, *like.shape[1:]])
+    popped.tensor.set_shape([None, *like.shape[1:]])
+    return popped.output_handle, popped.tensor
 
 
 def _element(steps: tf.Tensor) -> list[int]:
