@@ -20,6 +20,8 @@ from perjac.shapes import size
 # Above so many entries for one example, rows that are only an intermediate are formed example by
 # example: a big layer's rows for a whole batch would be larger than the answer by orders.
 _FORM_AT_ONCE = 2**20
+# Rows up to so many times larger than their factor are formed at once.
+_HARDLY_LARGER = 1.25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,10 +88,13 @@ class Factor:
         return self._back(tf.reduce_sum(tf.square(self.rows()), [0, 1]), False)
 
     def compact(self) -> Factor:
-        """Return the rows themselves where they are smaller than the factor."""
+        """Return the rows themselves where they are hardly larger than the factor, or smaller.
+
+        Whatever is asked then, it is asked of the smallest thing there is.
+        """
         held, rows = self.entries, size(self.layout.target)
         count = self.row_count
-        if held is None or count is None or rows * count > held:
+        if held is None or count is None or rows * count > _HARDLY_LARGER * held:
             return self
         return Explicit(Relabelling.of(self.layout.shape), self.dense())
 

@@ -73,7 +73,8 @@ class Jacobian(Mapping):
             rows = factor.dense()
         else:  # under one name: queries are compiled for kinds and shapes, not for each weight
             rows = _query("dense", self._jit and factor.rank_one)({"": factor})[""]
-        rows = tf.reshape(rows, [batch, *self.row_shape, *source.shape])
+        shape = (batch, *self.row_shape, *source.shape)
+        rows = rows if rows.shape == shape else tf.reshape(rows, shape)
         return tf.cast(rows, source.dtype)
 
     def __iter__(self) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -165,9 +166,9 @@ class Traced:
             For sources that the output does not depend on.
         """
         dtype = held_in([s.dtype for s in sources])
-        nothing = {s.key: zero(s, batch.size, chosen.count, dtype) for s in sources}
+        nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
         if batch.size == 0 or chosen.count == 0:
-            return self.outputs(head, batch), dict(nothing)
+            return self.outputs(head, batch), {s.key: nothing(s) for s in sources}
         weights = [s for s in sources if s.kind == "weight"]
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
@@ -198,7 +199,7 @@ class Traced:
         missing = [s for s in sources if s in lost or s.key not in factors]
         if missing:
             _warn_disconnected(self.program.called(head), missing)
-        return result, {s.key: factors.get(s.key) or nothing[s.key] for s in sources}
+        return result, {s.key: factors.get(s.key) or nothing(s) for s in sources}
 
     def _give_up(self, head: str, failure: Exception) -> None:
         """Let everything go to the tape from here on, and say so."""
@@ -224,7 +225,10 @@ class Traced:
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
         answers = []
         for block in chosen.blocks(rows_at_once(self.program, chosen.count)):
-            chunk = chunk_of(self.program, head, block.count, batch.size)
+            chunk = self._once(
+                ("chunk", head, block.count, batch.size),
+                functools.partial(chunk_of, self.program, head, block.count, batch.size),
+            )
             job = self._job(head, decisions, tensors, block.signature, chunk, dtype)
             answers.append(job.run(batch.tensors, block.payload))
         result, _, *fine = answers[0]
