@@ -373,3 +373,13 @@ def test_every_error_is_exported_and_documented():
     assert all(issubclass(k, pj.PerjacError) for k in raised)
     beyond = [k for k in raised if k is not pj.PerjacError]
     assert all(len(k.__mro__) > len(pj.PerjacError.__mro__) for k in beyond)
+
+
+def test_numbers_that_depend_on_the_number_of_examples():
+    w = tf.Variable(np.ones((4, 3), "float32"))
+
+    def averaged(x):
+        return tf.tanh(x @ w) / tf.cast(tf.shape(x)[0], "float32")
+
+    with pytest.raises(pj.errors.ExamplesMeetError, match="outside of any layer, tensor 'truediv"):
+        pj.Engine(averaged, variables=[w]).jacobian(np.ones((4, 4), "float32"))

@@ -394,3 +394,27 @@ def test_a_jacobian_stays_what_it_was_when_weights_change():
     for variable in model.trainable_variables:
         variable.assign(-3 * variable)
     np.testing.assert_array_equal(jac.matrix(), first)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
+def test_queries_of_half_precision_are_summed_in_float32(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = keras.Sequential(
+            [keras.Input((5, 8)), keras.layers.Dense(64), keras.layers.LayerNormalization(),
+             keras.layers.Flatten(), keras.layers.Dense(4)]
+        )  # fmt: skip
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = 20 * np.random.default_rng(0).standard_normal((3, 5, 8)).astype("float16")
+    jac = pj.Engine(model).jacobian(x)
+    rows = np.asarray(jac.matrix(), "float64")
+    rtol = 2e-3 if policy == "float16" else 1e-5  # of what the result is rounded to
+    right = np.sqrt((rows**2).sum((1, 2)))
+    np.testing.assert_allclose(np.asarray(jac.norms(), "float64"), right, rtol=rtol)
+    np.testing.assert_allclose(
+        np.asarray(jac.jvp(np.ones(jac.shape[2])), "float64"), rows.sum(2), rtol=50 * rtol,
+        atol=rtol * np.abs(rows).sum(2).max(),
+    )  # fmt: skip
+    for key, squares in jac.diagonal().items():
+        assert squares.dtype == jac[key].dtype

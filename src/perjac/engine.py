@@ -19,7 +19,7 @@ from perjac.normalise import flatten, normalise
 from perjac.saved import SavedFunction
 from perjac.shapes import known
 from perjac.sources import Weights
-from perjac.traced import Traced
+from perjac.traced import NotForXla, Traced
 from perjac.verification import Verification, verify
 
 _OPTIONS = {
@@ -49,7 +49,8 @@ class Engine:
     memory_limit : int or str, optional
         Bytes, or "4GiB", that a result may take; by default a share of what is free.
     jit : {"auto", True, False}
-        Whether XLA may assemble rank-one rows; "auto" does.
+        Whether XLA may assemble rank-one rows and compile recurrent loops, anew for each batch
+        size; "auto" does.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
 
@@ -93,6 +94,7 @@ class Engine:
         _check_model(model)
         self.model = model
         self._path, self._memory_limit, self._jit = path, memory_limit, jit
+        self._compiles = jit is not False
         self._check = independence == "check"
         self._training = training
         self._weights = _weights(model, variables)
@@ -190,7 +192,13 @@ class Engine:
             traced.check_data(head, sources, batch)
         dtype = traced.program.graph.get_tensor_by_name(head).dtype
         chosen = seeds.make(outputs, cotangents, batch.size, traced.row_shape(head), dtype)
-        result, factors = traced.factors(head, sources, batch, chosen, self._memory_limit)
+        try:
+            result, factors = traced.factors(head, sources, batch, chosen, self._memory_limit)
+        except NotForXla:
+            # TensorFlow does not let two graphs define a loop's functions under the same names.
+            self._compiles = False
+            self._traced.clear()
+            return self.jacobian(x, wrt=wrt, of=of, outputs=outputs, cotangents=cotangents)
         return Jacobian(
             factors,
             sources,
@@ -291,7 +299,7 @@ class Engine:
                 tracing.trace(self._callee, batch.specs, batch.structure, self._weights)
             )
             self._traced[batch.signature] = (
-                Traced(self._callee, program, batch.structure, self._path),
+                Traced(self._callee, program, batch.structure, self._path, self._compiles),
                 Names(program, self._weights, self.model, batch.names),
             )
         return self._traced[batch.signature]

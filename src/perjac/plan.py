@@ -212,6 +212,8 @@ class Job:
         How examples lie in the tensors.
     dtype : tf.DType
         What the factors are held in.
+    jit : bool
+        Whether XLA compiles it, anew for each batch size.
     """
 
     def __init__(
@@ -224,13 +226,16 @@ class Job:
         chunk: int,
         order: Order,
         dtype: tf.DType,
+        jit: bool,
     ):
         self._order, self._dtype = order, dtype
         self._program, self._head, self._tensors = program, head, dict(tensors)
         (self._kind, self._count), self._chunk = signature, chunk
         self._wanted = {d.source.index: d.source for d in decisions}
         self._sites = list(dict.fromkeys(s for d in decisions for s in d.sites))
-        self.run = host.compiled(self._run, input_signature=self._signature())
+        self.run = host.compiled(
+            self._run, input_signature=self._signature(), jit_compile=jit or None
+        )
 
     def _signature(self) -> list:
         program, output = self._program, self._program.graph.get_tensor_by_name(self._head)

@@ -27,6 +27,10 @@ from perjac.tape import Tape
 from perjac.trace import Callee, Program
 
 
+class NotForXla(Exception):
+    """Raised where XLA cannot compile a model; it has to be traced anew to go without."""
+
+
 class Traced:
     """One shape of example. Nothing here is traced or compiled twice.
 
@@ -40,9 +44,12 @@ class Traced:
         The user's structure of inputs.
     path : str
         "auto", "factored" or "tape".
+    jit : bool
+        Whether XLA may compile.
     """
 
-    def __init__(self, callee: Callee, program: Program, structure: Any, path: str):
+    def __init__(self, callee: Callee, program: Program, structure: Any, path: str, jit: bool):
+        self._jit = jit and program.is_for_xla
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
         self._checked: set[str] = set()  # heads whose shapes show no meeting
@@ -180,7 +187,7 @@ class Traced:
             result, factors, fine, fine_variables = self._sweep(
                 head, [d for d in decisions if d.path == "factored"], others, batch, chosen, dtype
             )
-        except tf.errors.ResourceExhaustedError:
+        except (NotForXla, tf.errors.ResourceExhaustedError):
             raise
         except Exception as failure:  # TensorFlow raises whatever an unforeseen graph runs into
             if self._path == "factored" or taped == list(sources):
@@ -230,7 +237,12 @@ class Traced:
                 functools.partial(chunk_of, self.program, head, block.count, batch.size),
             )
             job = self._job(head, decisions, tensors, block.signature, chunk, dtype)
-            answers.append(job.run(batch.tensors, block.payload))
+            try:
+                answers.append(job.run(batch.tensors, block.payload))
+            except tf.errors.OpError as failure:
+                if not self._jit:
+                    raise
+                raise NotForXla from failure
         result, _, *fine = answers[0]
         return result, join_rows([factors for _, factors, *_ in answers]), *fine
 
@@ -244,10 +256,9 @@ class Traced:
         dtype: tf.DType,
     ) -> Job:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
-        order = self._order
+        how = (signature, chunk, self._order, dtype, self._jit and any(wanted))
         return self._once(
-            ("job", head, wanted, signature, chunk, order, dtype),
-            lambda: Job(self.program, head, decisions, tensors, signature, chunk, order, dtype),
+            ("job", head, wanted, *how), lambda: Job(self.program, head, decisions, tensors, *how)
         )
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
