@@ -6,7 +6,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero, combine, join_rows
+from perjac.combination import combine, join_rows
+from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero
 from perjac.layout import Relabelling
 from perjac.patches import Patches
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -378,62 +378,6 @@ class Sum(Factor):
     def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
         """Add the parts' answers."""
         return tf.add_n([part.vjp(u, per_example) for part in self.parts])
-
-
-def held_in(dtypes: Iterable[tf.DType]) -> tf.DType:
-    """Return the type in which rows by sources of these types are held and summed up.
-
-    Half precision is too coarse, and too soon at its end, for sums of squares.
-    """
-    return tf.float64 if tf.float64 in dtypes else tf.float32
-
-
-def combine(factors: Sequence[Factor]) -> Factor:
-    """Return one factor for a weight used at several sites.
-
-    Contributions of one kind and layout are laid side by side along the positions T (or added,
-    where they are explicit); what is left of different kinds becomes a Sum.
-    """
-    kinds: dict[Any, list[Factor]] = {}
-    for factor in factors:
-        kinds.setdefault((type(factor), factor.layout), []).append(factor)
-    merged = [_merge(group) for group in kinds.values()]
-    if len(merged) == 1:
-        return merged[0]
-    return Sum(Relabelling.of(merged[0].layout.shape), tuple(merged))
-
-
-def join_rows(answers: Sequence[Mapping[str, Factor]]) -> dict[str, Factor]:
-    """Return factors with the rows of all the answers, one after another along K."""
-    first = answers[0]
-    if len(answers) == 1:
-        return dict(first)
-    return {key: _join([answer[key] for answer in answers]) for key in first}
-
-
-def _join(factors: Sequence[Any]) -> Factor:
-    first = factors[0]
-    if isinstance(first, Sum):
-        parts = zip(*(factor.parts for factor in factors), strict=True)
-        return dataclasses.replace(first, parts=tuple(_join(part) for part in parts))
-    name = "jacobian" if isinstance(first, Explicit) else "delta"
-    rows = tf.concat([getattr(factor, name) for factor in factors], 1)
-    return dataclasses.replace(first, **{name: rows})
-
-
-def _merge(factors: list[Factor]) -> Factor:
-    first = factors[0]
-    if len(factors) == 1:
-        return first
-    if isinstance(first, Explicit):
-        return Explicit(first.layout, tf.add_n([f.jacobian for f in factors]))  # type: ignore
-    delta = tf.concat([f.delta for f in factors], 2)  # type: ignore[attr-defined]
-    if isinstance(first, Lookup):
-        ids = [tf.cast(f.ids, tf.int32) for f in factors]  # type: ignore[attr-defined]
-        return Lookup(first.layout, tf.concat(ids, 1), delta)
-    if isinstance(first, Grouped):
-        return Grouped(first.layout, tf.concat([f.a for f in factors], 1), delta)  # type: ignore
-    return Outer(first.layout, tf.concat([f.columns for f in factors], 1), delta)  # type: ignore
 
 
 def _fields(cls: type) -> tuple[list[str], list[str]]:

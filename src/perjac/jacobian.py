@@ -13,8 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, memory
+from perjac.combination import held_in
 from perjac.errors import InputError, UnknownNameError
-from perjac.factors import Explicit, Factor, held_in
+from perjac.factors import Explicit, Factor
 from perjac.shapes import known
 from perjac.sources import Source, Weights, is_variable, match
 

@@ -14,7 +14,8 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, rules
-from perjac.factors import Explicit, Factor, Zero, combine
+from perjac.combination import combine
+from perjac.factors import Explicit, Factor, Zero
 from perjac.independence import Order
 from perjac.layout import Relabelling
 from perjac.seeds import row

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, independence, memory, sites
+from perjac.combination import held_in, join_rows
 from perjac.errors import (
     DisconnectedWarning,
     InputError,
@@ -17,7 +18,7 @@ from perjac.errors import (
     PathError,
     SlowPathWarning,
 )
-from perjac.factors import Explicit, Factor, held_in, join_rows
+from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
 from perjac.layout import Relabelling
 from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
