@@ -10,6 +10,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+import zoo
 from zoo.entry import ENTRIES
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -60,6 +61,7 @@ def rounded(error: float) -> str:
 
 def update(found: Iterable[str]) -> None:
     """Write the page, with the lines (as JSON) that a test run found."""
+    zoo.everything()
     lines = {line.name: str(line) for line in (_read(text) for text in found)}
     old = PAGE.read_text().splitlines() if PAGE.exists() else []
     kept = {line.split(" | ")[0].removeprefix("| "): line for line in old if line.startswith("| ")}
