@@ -63,6 +63,7 @@ KERAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERAS)
 @pytest.mark.parametrize("way", ["export", "save"])
 def test_an_exported_keras_model_agrees_with_the_oracle(name, way, tmp_path):

@@ -242,7 +242,7 @@ class Program:
         return ""
 
     @functools.cached_property
-    def is_for_xla(self) -> bool:
+    def suits_xla(self) -> bool:
         """Whether XLA runs this graph faster than TensorFlow, on a CPU.
 
         A loop's step is many tiny operations, which it fuses: an LSTM's 50 steps take 4.4 ms where

@@ -50,7 +50,7 @@ class Traced:
     """
 
     def __init__(self, callee: Callee, program: Program, structure: Any, path: str, jit: bool):
-        self._jit = jit and program.is_for_xla
+        self._jit = jit and program.suits_xla
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
         self._checked: set[str] = set()  # heads whose shapes show no meeting
