@@ -131,3 +131,14 @@ def test_embedding(batch, length, vocabulary, width):
 
 def test_an_embedding_of_one_word():
     check(Ids((2,), below=1), lambda: [layers.Embedding(1, 3), layers.Flatten()], batch=2)
+
+
+def test_an_empty_batch_does_not_run_the_model():
+    # TensorFlow mistakes the width of what a convolution and a pooling make of nothing.
+    model = keras.Sequential(
+        [keras.Input((6, 3)), keras.layers.Conv1D(3, 2), keras.layers.GlobalMaxPooling1D(),
+         keras.layers.Dense(2)]
+    )  # fmt: skip
+    jac = pj.Engine(model).jacobian(np.zeros((0, 6, 3), "float32"))
+    assert jac.outputs.shape == (0, 2)
+    assert jac.norms().shape == (0,)

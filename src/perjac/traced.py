@@ -148,6 +148,9 @@ class Traced:
 
     def outputs(self, head: str, batch: Batch) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
+        if batch.size == 0:  # which TensorFlow's own reshapes, of -1 by nothing, may get wrong
+            dtype = self.program.graph.get_tensor_by_name(head).dtype
+            return tf.zeros([0, *self.row_shape(head)], dtype)
         job = self._job(head, [], {}, ("all", 1), 1, tf.float32)
         return job.run(batch.tensors, tf.zeros([0], tf.int32))[0]
 
