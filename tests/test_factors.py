@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perjac.combination import combine, join_rows
-from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero
+from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Way, Zero
 from perjac.layout import Relabelling
 from perjac.patches import Patches
 
@@ -214,8 +214,8 @@ def test_combine_adds_a_weights_contributions(kinds):
 def test_the_two_ways_to_a_norm_over_positions_agree(monkeypatch):
     factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
     found = []
-    for cheaper in (True, False):
-        monkeypatch.setattr(Outer, "_gram_is_cheaper", lambda self, c=cheaper: c)
+    for name in ("T×T Gram", "form I×O"):
+        monkeypatch.setattr(Outer, "ways", lambda self, question, n=name: [Way(n, 1, 1)])
         found.append(factor.squared_norms())
     close(*found)
 
@@ -224,8 +224,8 @@ def test_large_rows_are_formed_example_by_example_with_the_same_answers(monkeypa
     factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
     patches = Draw(1, (3, 2, 2, 1, 3, 4)).patches()
     at_once = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
-    monkeypatch.setattr("perjac.factors._FORM_AT_ONCE", 0)
-    monkeypatch.setattr(Outer, "_gram_is_cheaper", lambda self: False)
+    monkeypatch.setattr("perjac.factors.base._FORM_AT_ONCE", 0)
+    monkeypatch.setattr(Outer, "ways", lambda self, question: [Way("form I×O", 1, 1)])
     one_by_one = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
     for a, b in zip(tf.nest.flatten(at_once), tf.nest.flatten(one_by_one), strict=True):
         close(a, b)

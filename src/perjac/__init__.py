@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from perjac import errors, saliency
     from perjac.engine import Engine
     from perjac.errors import PerjacError, PerjacWarning
+    from perjac.gradients import Gradients
     from perjac.inputs import call
     from perjac.jacobian import Jacobian
     from perjac.sources import activation
 
 _HOME = {
     "Engine": "perjac.engine",
+    "Gradients": "perjac.gradients",
     "Jacobian": "perjac.jacobian",
     "PerjacError": "perjac.errors",
     "PerjacWarning": "perjac.errors",
@@ -30,6 +32,7 @@ _MODULES = {"errors": "perjac.errors", "saliency": "perjac.saliency"}
 
 __all__ = [
     "Engine",
+    "Gradients",
     "Jacobian",
     "PerjacError",
     "PerjacWarning",

@@ -33,6 +33,11 @@ def combine(factors: Sequence[Factor]) -> Factor:
     for factor in factors:
         kinds.setdefault((type(factor), factor.layout), []).append(factor)
     merged = [_merge(group) for group in kinds.values()]
+    explicit = [factor for factor in merged if isinstance(factor, Explicit)]
+    if len(explicit) > 1:  # laid out differently: one is enough
+        plain = Relabelling.of(merged[0].layout.shape)
+        rows = Explicit(plain, tf.add_n([factor.dense() for factor in explicit]))
+        merged = [factor for factor in merged if factor not in explicit] + [rows]
     if len(merged) == 1:
         return merged[0]
     return Sum(Relabelling.of(merged[0].layout.shape), tuple(merged))

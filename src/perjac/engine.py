@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from perjac import files, host, inputs, memory, seeds
+from perjac import binding, host, inputs, memory, seeds
 from perjac import trace as tracing
-from perjac.errors import InputError, NotAModelError, NotBuiltError
+from perjac.errors import InputError, LossWarning
+from perjac.factors import Factor
+from perjac.gradients import Gradients
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
+from perjac.losses import Objective, compiled
 from perjac.naming import Names
 from perjac.normalise import flatten, normalise
-from perjac.saved import SavedFunction
 from perjac.shapes import known
-from perjac.sources import Weights
+from perjac.sources import Source
 from perjac.traced import NotForXla, Traced
 from perjac.verification import Verification, verify
 
@@ -87,20 +89,18 @@ class Engine:
             if value not in _OPTIONS[name]:
                 raise InputError(f"Expected {name}= one of {_OPTIONS[name]}. Received: {value!r}.")
         memory.limit(memory_limit)  # refuses what it cannot read
-        if isinstance(model, (str, pathlib.Path)):
-            model = files.load_model(model, signature=signature)
-        elif signature is not None:
-            raise InputError(f"signature={signature!r} goes with the path of a SavedModel.")
-        _check_model(model)
-        self.model = model
+        self.model = model = binding.loaded(model, signature)
         self._path, self._memory_limit, self._jit = path, memory_limit, jit
         self._compiles = jit is not False
         self._check = independence == "check"
-        self._training = training
-        self._weights = _weights(model, variables)
+        self._weights = binding.weights_of(model, variables)
         self._expected = inputs.declared(model)
-        self._callee = tracing.Callee(self._function(), model if host.is_layer(model) else None)
+        self._callee = tracing.Callee(
+            binding.function_of(model, training), model if host.is_layer(model) else None
+        )
         self._traced: dict[tuple, tuple[Traced, Names]] = {}
+        self._objectives: dict[tuple, Objective] = {}
+        self._doubted: set[tuple] = set()  # objectives whose outputs were looked at
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
@@ -185,29 +185,121 @@ class Engine:
         with the same shapes, whatever the batch size, do not.
         """
         batch = self._prepare(x)
-        traced, names = self._trace(batch)
+        result, factors, sources, row_shape = self._derived(
+            batch, None, of, wrt, outputs=outputs, cotangents=cotangents
+        )
+        return Jacobian(
+            factors,
+            sources,
+            self._weights,
+            result,
+            row_shape,
+            memory_limit=self._memory_limit,
+            jit=self._jit is not False,
+        )
+
+    def gradients(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        loss: Any = None,
+        wrt: Any = "weights",
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        loss_weights: Any = None,
+    ) -> Gradients:
+        """Differentiate each example's loss.
+
+        Parameters
+        ----------
+        x : array, or list, tuple or dict of arrays, or Call
+            A batch of B examples, as in `jacobian`.
+        y : array, or list, tuple or dict of arrays
+            Their labels, the batch first; one array for each output that has a loss, in order or
+            by the output's name.
+        loss : keras.Loss, str, callable, or a dict or list of these, optional
+            A Keras loss or its name; a callable (y, output) -> (B,), which gets the outputs of a
+            model with several as the model returns them; one for each output, by name or in order.
+            By default the loss that the model was compiled with.
+        wrt : as in `jacobian`
+            "weights" by default.
+        sample_weight : array (B,) or (B, positions), or a list or dict of these, optional
+            What the losses of examples, or of positions within them, are multiplied by.
+        class_weight : mapping of int to float, optional
+            What the losses of each class's labels are multiplied by; others stay as they are.
+        loss_weights : float, or a list or dict of these, optional
+            What the loss of each output is multiplied by.
+
+        Returns
+        -------
+        Gradients
+            Of shape (B, P), with `losses` (B,).
+
+        Raises
+        ------
+        PerjacError
+            As `jacobian`, and for labels that do not fit or name classes that there are not.
+
+        Warns
+        -----
+        LossWarning
+            Where a loss takes the outputs for probabilities, which they are not.
+
+        Notes
+        -----
+        The loss of an example is what Keras computes for a batch of that example alone: losses of
+        several positions are averaged, or added up for reduction "sum" or None, and positions
+        that the model masks do not count. Weight regularisers are no example's, and are left out.
+        Losses are computed in the outputs' type, in float32 at least.
+
+        Examples
+        --------
+        >>> import keras, numpy as np, perjac as pj
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax")])
+        >>> x, y = np.ones((5, 4), "float32"), np.array([0, 1, 2, 1, 0])
+        >>> grads = pj.Engine(model).gradients(x, y, loss="sparse_categorical_crossentropy")
+        >>> grads.norms().shape, grads.mean()["kernel"].shape
+        (TensorShape([5]), TensorShape([4, 3]))
+        """
+        if loss is None:
+            loss, weights = compiled(self.model)
+            loss_weights = weights if loss_weights is None else loss_weights
+        objective = self._objective(Objective(loss, loss_weights, class_weight))
+        given = self._prepare(x)
+        batch = inputs.beside(given, self._floating(), y=y, sample_weight=sample_weight)
+        self._check_loss(objective, given, batch)
+        losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
+        return Gradients(
+            factors,
+            sources,
+            self._weights,
+            losses,
+            memory_limit=self._memory_limit,
+            jit=self._jit is not False,
+        )
+
+    def _derived(
+        self, batch: inputs.Batch, objective: Objective | None, of: Any, wrt: Any, **asked: Any
+    ) -> tuple[tf.Tensor, dict[str, Factor], list[Source], tuple[int, ...]]:
+        """Return (outputs, factors, sources, row shape) of a head, or of the loss."""
+        traced, names = self._trace(batch, objective)
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
             traced.check_shapes(head)
             traced.check_data(head, sources, batch)
         dtype = traced.program.graph.get_tensor_by_name(head).dtype
-        chosen = seeds.make(outputs, cotangents, batch.size, traced.row_shape(head), dtype)
+        chosen = seeds.make(
+            asked.get("outputs"), asked.get("cotangents"), batch.size, traced.row_shape(head), dtype
+        )
         try:
             result, factors = traced.factors(head, sources, batch, chosen, self._memory_limit)
         except NotForXla:
             # TensorFlow does not let two graphs define a loop's functions under the same names.
             self._compiles = False
             self._traced.clear()
-            return self.jacobian(x, wrt=wrt, of=of, outputs=outputs, cotangents=cotangents)
-        return Jacobian(
-            factors,
-            sources,
-            self._weights,
-            result,
-            chosen.row_shape,
-            memory_limit=self._memory_limit,
-            jit=self._jit is not False,
-        )
+            return self._derived(batch, objective, of, wrt, **asked)
+        return result, factors, sources, chosen.row_shape
 
     def outputs(self, x: Any, *, of: Any = None) -> tf.Tensor:
         """Return the model's outputs, (B, *output_shape).
@@ -219,7 +311,9 @@ class Engine:
         of : str, int or layer, optional
             As in `jacobian`.
         """
-        batch = self._prepare(x)
+        return self._outputs(self._prepare(x), of)
+
+    def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
         traced, names = self._trace(batch)
         return traced.outputs(names.head(of), batch)
 
@@ -282,27 +376,57 @@ class Engine:
             rtol,
         )
 
-    def _function(self) -> Callable[[Any], Any]:
-        model = self.model
-        takes_training = host.is_layer(model) and host.takes_training(model)
-        options = {"training": self._training} if takes_training else {}
-        return lambda x: inputs.called(model, x, **options)
-
     def _prepare(self, x: Any) -> inputs.Batch:
-        # Floating data takes the weights' type where the model declares none.
-        dtypes = [host.tf_variable(v).dtype for v in self._weights.variables]
-        return inputs.prepare(x, self._expected, next((d for d in dtypes if d.is_floating), None))
+        return inputs.prepare(x, self._expected, self._floating())
 
-    def _trace(self, batch: inputs.Batch) -> tuple[Traced, Names]:
-        if batch.signature not in self._traced:
-            program = normalise(
-                tracing.trace(self._callee, batch.specs, batch.structure, self._weights)
+    def _floating(self) -> tf.DType | None:
+        """The weights' floating type, which data takes where the model declares none."""
+        dtypes = [host.tf_variable(v).dtype for v in self._weights.variables]
+        return next((d for d in dtypes if d.is_floating), None)
+
+    def _trace(
+        self, batch: inputs.Batch, objective: Objective | None = None
+    ) -> tuple[Traced, Names]:
+        """Return the trace for such a batch: of the model, or of the loss of (x, y, weights)."""
+        key = (batch.signature, objective and objective.key)
+        if key not in self._traced:
+            callee = self._callee if objective is None else self._with_loss(objective)
+            program = normalise(tracing.trace(callee, batch.specs, batch.structure, self._weights))
+            names = batch.names if objective is None else batch.names[: batch.inputs]
+            self._traced[key] = (
+                Traced(callee, program, batch.structure, self._path, self._compiles),
+                Names(program, self._weights, self.model, names),
             )
-            self._traced[batch.signature] = (
-                Traced(self._callee, program, batch.structure, self._path, self._compiles),
-                Names(program, self._weights, self.model, batch.names),
-            )
-        return self._traced[batch.signature]
+        return self._traced[key]
+
+    def _with_loss(self, objective: Objective) -> tracing.Callee:
+        """Return the model with its loss behind it: (x, y, sample_weight) to {"loss": (B,)}."""
+        callee = self._callee
+
+        def losses(arguments: Any) -> dict[str, tf.Tensor]:
+            x, y, sample_weight = arguments
+            outputs = callee.function(x)
+            return {"loss": objective(outputs, callee.heads(outputs), y, sample_weight)}
+
+        return tracing.Callee(losses, callee.model)
+
+    def _objective(self, new: Objective) -> Objective:
+        """Return the objective that computes the same and is known already, if there is one."""
+        return self._objectives.setdefault(new.key, new)
+
+    def _check_loss(self, objective: Objective, x: inputs.Batch, batch: inputs.Batch) -> None:
+        """Raise for labels that cannot be, and warn, once, of outputs that are no probabilities."""
+        self._trace(batch, objective)
+        if batch.size == 0:
+            return
+        objective.check_labels(batch.packed[1])
+        if objective.key in self._doubted:
+            return
+        self._doubted.add(objective.key)
+        few = x.first(32)
+        doubt = objective.doubts(lambda head: self._outputs(few, head))
+        if doubt:
+            warnings.warn(doubt, LossWarning, stacklevel=3)
 
     def _example(self) -> Any:
         """Return one example of the shape the model declares, to trace it with."""
@@ -313,26 +437,3 @@ class Engine:
             )
         arrays = [tf.zeros([1, *e.shape[1:]], e.dtype) for e in self._expected]
         return arrays[0] if len(arrays) == 1 else arrays
-
-
-def _check_model(model: Any) -> None:
-    if host.is_layer(model):
-        if not model.built:
-            raise NotBuiltError(
-                f"Model {model.name!r} is not built: it has no weights yet. Call it once on data, "
-                "model.build(input_shape), or start it with keras.Input(...)."
-            )
-        return
-    if not callable(model):
-        raise NotAModelError(
-            "Expected a Keras model, the path of one or of a SavedModel, or a callable on a batch. "
-            f"Received: {type(model).__name__}."
-        )
-
-
-def _weights(model: Any, variables: Sequence[Any] | None) -> Weights:
-    if variables is not None:
-        return Weights(list(variables), list(variables))
-    if host.is_layer(model) or isinstance(model, (tf.Module, SavedFunction)):
-        return Weights(list(model.variables), list(model.trainable_variables))
-    return Weights([], [])

@@ -72,6 +72,10 @@ class DisconnectedWarning(PerjacWarning):
     """The outputs asked for do not depend on something asked about: its Jacobian is zero."""
 
 
+class LossWarning(PerjacWarning):
+    """A loss that does not seem to fit the outputs it is given."""
+
+
 class LostGradientWarning(PerjacWarning):
     """A file does not hold the custom gradients of its model: plain ones take their place."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.losses import losses as wrapping
 from tensorflow.python.framework import function_def_to_graph
 from tensorflow.python.framework import ops as framework
 
@@ -140,6 +141,23 @@ def operations_within(model: Any) -> list[Any]:
 def is_layer(thing: Any) -> bool:
     """Tell whether `thing` is a Keras layer or model."""
     return isinstance(thing, keras.layers.Layer)
+
+
+def compiled_loss(model: Any) -> tuple[Any, Any] | None:
+    """Return the (loss, loss_weights) of `model.compile`, or None where there is none.
+
+    `Trainer._compile_loss` (Keras 3.0) keeps what the user gave; `model.loss` does not.
+    """
+    made = getattr(model, "_compile_loss", None)
+    return None if made is None else (made._user_loss, made._user_loss_weights)
+
+
+def wrapped_loss(function: Callable[..., Any]) -> keras.losses.Loss:
+    """Return one of Keras's loss functions as a Loss, as `model.compile` does.
+
+    `LossFunctionWrapper` (Keras 3.0) is not exported; it brings labels and outputs to one rank.
+    """
+    return wrapping.LossFunctionWrapper(function)
 
 
 def takes_training(layer: Any) -> bool:

@@ -91,16 +91,33 @@ class Batch:
         Theirs.
     structure : nested structure
         The user's structure, to pack them into.
+    labels : int
+        How many of the last tensors are no inputs of the model, but labels and weights.
     """
 
     tensors: list[tf.Tensor]
     names: tuple[str, ...]
     structure: Any
+    labels: int = 0
 
     @property
     def size(self) -> int:
         """B."""
         return known(self.tensors[0].shape[:1])[0]
+
+    @property
+    def inputs(self) -> int:
+        """How many of the tensors are the model's inputs."""
+        return len(self.tensors) - self.labels
+
+    @property
+    def packed(self) -> Any:
+        """The tensors in the user's structure."""
+        return tf.nest.pack_sequence_as(self.structure, self.tensors)
+
+    def first(self, count: int) -> Batch:
+        """Return the first examples."""
+        return dataclasses.replace(self, tensors=[t[:count] for t in self.tensors])
 
     @property
     def specs(self) -> list[tf.TensorSpec]:
@@ -145,7 +162,32 @@ def declared(model: Any) -> list[Expected]:
     ]
 
 
-def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Batch:
+def beside(batch: Batch, dtype: tf.DType | None, **more: Any) -> Batch:
+    """Return a batch with more arrays of the same examples, as a tuple behind its inputs.
+
+    Parameters
+    ----------
+    batch : Batch
+        The model's inputs.
+    dtype : tf.DType or None
+        For floating arrays.
+    **more : array, nested structure of arrays, or None
+        By name; None becomes an empty tuple.
+    """
+    parts = [
+        Batch([], (), ()) if given is None else prepare(given, (), dtype, name)
+        for name, given in more.items()
+    ]
+    tensors = [t for part in [batch, *parts] for t in part.tensors]
+    names = tuple(n for part in [batch, *parts] for n in part.names)
+    _check_sizes(tensors, names)
+    structure = (batch.structure, *(part.structure for part in parts))
+    return Batch(tensors, names, structure, len(tensors) - len(batch.tensors))
+
+
+def prepare(
+    x: Any, expected: Sequence[Expected], dtype: tf.DType | None, called: str = "inputs"
+) -> Batch:
     """Return the user's data as a Batch.
 
     Parameters
@@ -156,6 +198,8 @@ def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Bat
         What the model declares; may be empty.
     dtype : tf.DType or None
         For floating arrays of other types where the model declares nothing.
+    called : str
+        What arrays without a name are called.
 
     Raises
     ------
@@ -183,7 +227,7 @@ def prepare(x: Any, expected: Sequence[Expected], dtype: tf.DType | None) -> Bat
             f"Expected {len(expected)} inputs ({', '.join(repr(e.name) for e in expected)}). "
             f"Received: {len(leaves)}."
         )
-    specs, names = _beside(x, expected, len(leaves))
+    specs, names = _paired(x, expected, len(leaves), called)
     tensors = [
         _tensor(leaf, name, spec, dtype)
         for leaf, name, spec in zip(leaves, names, specs, strict=True)
@@ -205,8 +249,8 @@ def _is_one_array(x: Sequence[Any], count: int) -> bool:
     return count <= 1
 
 
-def _beside(
-    x: Any, expected: Sequence[Expected], count: int
+def _paired(
+    x: Any, expected: Sequence[Expected], count: int, called: str
 ) -> tuple[list[Expected | None], list[str]]:
     """Pair each leaf with what the model declares: a dict's by name, all others in order."""
     if isinstance(x, Mapping) and len(x) == count:
@@ -214,10 +258,11 @@ def _beside(
         known = {e.name: e for e in expected}
         if expected and set(keys) - set(known):
             return list(expected), [e.name for e in expected]
-        return [known.get(key) for key in keys], [str(key) for key in keys]
+        given = [str(key) if called == "inputs" else f"{called}[{key!r}]" for key in keys]
+        return [known.get(key) for key in keys], given
     if expected:
         return list(expected), [e.name for e in expected]
-    return [None] * count, ["inputs"] if count == 1 else [f"inputs_{n}" for n in range(count)]
+    return [None] * count, [called] if count == 1 else [f"{called}_{n}" for n in range(count)]
 
 
 def _tensor(leaf: Any, name: str, spec: Expected | None, dtype: tf.DType | None) -> tf.Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 Step = tuple[str, tuple, tuple]
+Piece = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,38 @@ class Relabelling:
         for kind, before, _ in reversed(self.steps):
             tensor = _take(kind, before, tensor, lead)
         return tensor
+
+    def pieces(self) -> list[tuple[Piece, ...]]:
+        """Return which pieces of the weight's axes each target axis runs over, in C order.
+
+        A piece is (axis, length, stride): a whole axis has stride 1; a reshape may split one.
+        """
+        axes: list[tuple[Piece, ...]] = [((n, size, 1),) for n, size in enumerate(self.shape)]
+        for kind, _, after in self.steps:
+            if kind == "transpose":
+                axes = [axes[a] for a in after]
+            else:
+                axes = _regrouped([p for axis in axes for p in axis if p[1] != 1], after)
+        return [tuple(p for p in axis if p[1] != 1) for axis in axes]
+
+
+def _regrouped(pieces: list[Piece], lengths: Sequence[int]) -> list[tuple[Piece, ...]]:
+    """Deal pieces out to axes of the given lengths, splitting one where it is too long."""
+    left = list(pieces)
+    axes = []
+    for length in lengths:
+        mine: list[Piece] = []
+        while (have := math.prod(p[1] for p in mine)) < length:
+            axis, size, stride = left.pop(0)
+            need = length // have
+            if size > need:
+                if size % need:
+                    raise ValueError(f"{pieces} do not fall into axes of {tuple(lengths)}")
+                left.insert(0, (axis, size // need, stride))
+                stride, size = stride * (size // need), need
+            mine.append((axis, size, stride))
+        axes.append(tuple(mine))
+    return axes
 
 
 def _take(kind: str, to: tuple, tensor: tf.Tensor, lead: int) -> tf.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -47,6 +48,33 @@ class Patches:
             windows = tf.concat(list(self._views()), -1)
         entries = math.prod(self.window) * size(self.x.shape[-1:])
         return tf.reshape(windows, [-1, self.fold * math.prod(self.output), entries])
+
+    def example(self, b: Any) -> Patches:
+        """Return one example's, its batch axis kept."""
+        own = self.x[b * self.fold : (b + 1) * self.fold]
+        return dataclasses.replace(self, x=own)
+
+    @property
+    def backward(self) -> bool:
+        """Whether TensorFlow has a backward pass of its own for these windows."""
+        return len(self.window) == 2 and set(self.dilations) == {1}
+
+    def summed(self, delta: tf.Tensor) -> tf.Tensor:
+        """Return Σ_bt a[b,t,i] δ[b,t,o], (window·channels, O), by the ordinary backward pass.
+
+        It needs no windows laid out: an ordinary batch gradient is nothing else.
+        """
+        channels, outputs = size(self.x.shape[-1:]), size(delta.shape[-1:])
+        strides, rates = ([1, *n, 1] for n in (self.strides, self.dilations))
+        kernel = tf.raw_ops.Conv2DBackpropFilter(
+            input=self.x,
+            filter_sizes=[*self.window, channels, outputs],
+            out_backprop=tf.reshape(delta, [-1, *self.output, outputs]),
+            strides=strides,
+            padding="VALID",
+            dilations=rates,
+        )
+        return tf.reshape(kernel, [-1, outputs])
 
     def _views(self) -> Iterator[tf.Tensor]:
         """Yield, for each window offset in C order, what it sees: (N, *output, channels)."""

@@ -6,7 +6,7 @@ Knows names, shapes and dtypes. Must not know graphs or how a derivative is comp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -124,6 +124,28 @@ def match(name: str, keys: Iterable[str], what: str) -> str:
             "Give more of the path."
         )
     raise UnknownNameError(f"There is no {what} {name!r}. {nearest(name, keys)}")
+
+
+class ByKey(dict):
+    """Answers by key, which are also found by a short name or the variable itself.
+
+    Parameters
+    ----------
+    answers : mapping
+        Key to answer.
+    find : callable, optional
+        Takes what the user gives to the key, or raises UnknownNameError.
+    """
+
+    def __init__(self, answers: Any = (), find: Callable[[Any], str] | None = None):
+        super().__init__(answers)
+        self._find = find
+
+    def __missing__(self, key: Any) -> Any:
+        found = key if self._find is None else self._find(key)
+        if found == key:
+            raise UnknownNameError(f"There is nothing for {key!r}. {nearest(str(key), self)}")
+        return self[found]
 
 
 def is_variable(thing: Any) -> bool:

@@ -48,12 +48,12 @@ class Callee:
                 taps.setdefault(name, []).append(tensors[0])
 
         if self.model is None:
-            return self._heads(self.function(inputs)), taps
+            return self.heads(self.function(inputs)), taps
         with host.watching_calls(self.model, seen):
             outputs = self.function(inputs)
-        return self._heads(outputs), taps
+        return self.heads(outputs), taps
 
-    def _heads(self, outputs: Any) -> dict[str, tf.Tensor]:
+    def heads(self, outputs: Any) -> dict[str, tf.Tensor]:
         """Name the outputs: by dictionary key, by Keras's output names, or by number."""
         flat = [tf.convert_to_tensor(t) for t in tf.nest.flatten(outputs)]
         if isinstance(outputs, Mapping) and len(outputs) == len(flat):

@@ -1,0 +1,332 @@
+"""What every factor answers, from its rows alone; and rows that are held as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import tensorflow as tf
+
+from perjac.layout import Relabelling
+from perjac.patches import Patches
+from perjac.shapes import size
+from perjac.sketch import Side
+
+# Above so many entries for one example, rows that are only an intermediate are formed example by
+# example: they then stay in the processor's cache, and a big layer's rows for a whole batch would
+# be larger than the answer by orders.
+_FORM_AT_ONCE = 2**18
+# Rows up to so many times larger than their factor are formed at once.
+_HARDLY_LARGER = 1.25
+# What writing and reading back one number costs, in multiply-adds.
+_TRAFFIC = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to an answer, and what it costs for one example.
+
+    Attributes
+    ----------
+    name : str
+        For people: "form I×O", "T×T Gram".
+    multiply_adds : int
+        The arithmetic.
+    entries : int
+        Numbers formed on the way, beside the factor and the answer.
+    """
+
+    name: str
+    multiply_adds: int
+    entries: int
+
+    @property
+    def cost(self) -> int:
+        """The whole, in multiply-adds."""
+        return self.multiply_adds + _TRAFFIC * self.entries
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """Base of all kinds: the queries, from `rows` alone.
+
+    `rows()` has the factor's own axes, (B, K, *layout.target); `layout` leads there from the
+    weight's. Norms and inner products do not change with the layout, so kinds compute those on
+    their own axes. Being a nest (`__tf_flatten__`), a factor passes in and out of a `tf.function`.
+    """
+
+    layout: Relabelling = dataclasses.field(metadata={"static": True})
+
+    def rows(self) -> tf.Tensor:
+        """Form the rows, (B, K, *layout.target)."""
+        raise NotImplementedError
+
+    @property
+    def entries(self) -> int | None:
+        """Numbers held for one example, or None where a shape is unknown."""
+        sizes = [t.shape[1:].num_elements() for t in tf.nest.flatten(self, expand_composites=True)]
+        return None if None in sizes else sum(sizes)
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether forming the rows is a mere product of two vectors, which XLA does fastest."""
+        return False
+
+    @property
+    def row_count(self) -> int | None:
+        """K, where it is known."""
+        return self.delta.shape[1]  # type: ignore[attr-defined]
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The weight's axes, read as the two sides of a matrix: all but the last of ours, and it.
+
+        One side where there is but one axis.
+        """
+        axes = self.layout.pieces()
+        if len(axes) < 2:
+            return (tuple(piece for axis in axes for piece in axis),)
+        return tuple(piece for axis in axes[:-1] for piece in axis), axes[-1]
+
+    def ways(self, question: str) -> list[Way]:
+        """Return the ways to an answer that there are; the first is the one taken."""
+        rows = (self.row_count or 1) * size(self.layout.target)
+        return [Way("form the rows", self._forming(), rows)]
+
+    def dense(self) -> tf.Tensor:
+        """Form the rows on the weight's axes, (B, K, *W.shape)."""
+        return self.layout.invert(self.rows(), lead=2)
+
+    def squared_norms(self) -> tf.Tensor:
+        """Return ‖J[b,k]‖², (B, K)."""
+        return self._each_example(lambda part: sum_of_squares(part.rows()))
+
+    def gram(self, other: Factor) -> tf.Tensor:
+        """Return ⟨J[b,k], J'[b',k']⟩, (B, K, B', K')."""
+        if type(self) is type(other) and self.layout == other.layout:
+            return self._gram(other)
+        return gram_of(self.dense(), other.dense())
+
+    def _gram(self, other: Any) -> tf.Tensor:
+        return gram_of(self.rows(), other.rows())
+
+    def jvp(self, v: tf.Tensor) -> tf.Tensor:
+        """Return ⟨J[b,k], v⟩, (B, K), for v of the weight's shape."""
+        rows = self.rows()
+        flat = tf.reshape(self.layout.apply(v), [-1])
+        return tf.linalg.matvec(tf.reshape(rows, [*lead_of(rows), tf.size(flat)]), flat)
+
+    def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
+        """Return Σ_bk u[b,k] J[b,k], of the weight's shape; (B, *W.shape) if `per_example`."""
+        rows = self.rows()
+        flat = tf.reshape(rows, [*lead_of(rows), size(self.layout.target)])
+        if per_example:
+            pulled = tf.linalg.matvec(flat, u, transpose_a=True)
+        else:
+            pulled = tf.linalg.matvec(
+                tf.reshape(flat, [-1, size(self.layout.target)]),
+                tf.reshape(u, [-1]),
+                transpose_a=True,
+            )
+        return self._back(pulled, per_example)
+
+    def diagonal(self) -> tf.Tensor:
+        """Return Σ_bk J[b,k]², of the weight's shape."""
+        squares = self._over_examples(lambda part: tf.reduce_sum(tf.square(part.rows()), [0, 1]))
+        return self._back(squares, False)
+
+    def squared_deviations(self) -> tf.Tensor:
+        """Return Σ_bk (J[b,k] - J̄)², J̄ the mean over b and k, of the weight's shape."""
+        mean = self.layout.apply(self._mean())
+        spread = self._over_examples(
+            lambda part: tf.reduce_sum(tf.square(part.rows() - mean), [0, 1])
+        )
+        return self._back(spread, False)
+
+    def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
+        """Return Σ_io J[b,k,i,o] r[i] q[o] for each of the numbers drawn, (B, K, dim)."""
+        axes = self.layout.target
+        left, *rest = (drawn[side] for side in self.sides)
+        n = axes[-1] if rest else 1
+        shape = [size(axes[:-1]) if rest else size(axes), n]
+
+        def sketched(part: Factor) -> tf.Tensor:
+            rows = part.rows()
+            rows = tf.reshape(rows, [*lead_of(rows), *shape])
+            if not rest:
+                return left.finish(left.of(tf.squeeze(rows, -1)))
+            # One side after the other: (B, K, I, dim), then I away.
+            half = rest[0].of(rows)
+            return left.finish(tf.reduce_sum(half * left.at(tf.range(shape[0])), -2))
+
+        return self._each_example(sketched)
+
+    def compact(self) -> Factor:
+        """Return the rows themselves where they are hardly larger than the factor, or smaller.
+
+        Whatever is asked then, it is asked of the smallest thing there is.
+        """
+        held, rows = self.entries, size(self.layout.target)
+        count = self.row_count
+        if held is None or count is None or rows * count > _HARDLY_LARGER * held:
+            return self
+        return Explicit(self.layout, self.rows())
+
+    def cast(self, dtype: tf.DType) -> Self:
+        """Return the same with its numbers in another floating type."""
+        return tf.nest.map_structure(
+            lambda t: tf.cast(t, dtype) if t.dtype.is_floating else t, self
+        )
+
+    def _forming(self) -> int:
+        """The multiply-adds of forming one example's rows."""
+        return 0
+
+    def _mean(self) -> tf.Tensor:
+        """The mean of all rows, of the weight's shape."""
+        lead = tf.shape(self._any_tensor())[:2]
+        u = tf.ones(lead, self._any_tensor().dtype)
+        return self.vjp(u / tf.cast(tf.reduce_prod(lead), u.dtype))
+
+    def _any_tensor(self) -> tf.Tensor:
+        """A tensor (B, K, ...)."""
+        return self.delta  # type: ignore[attr-defined]
+
+    def _by_moments(self) -> tf.Tensor:
+        """Σ J² - n J̄², in float64: products of float32 are exact there, and so is a difference."""
+        wide = self.cast(tf.float64)
+        count = tf.cast(tf.reduce_prod(tf.shape(self._any_tensor())[:2]), tf.float64)
+        spread = wide.diagonal() - count * tf.square(wide._mean())
+        return tf.cast(tf.maximum(spread, 0), self._any_tensor().dtype)
+
+    def _large(self) -> bool:
+        return (self.row_count or 1) * size(self.layout.target) > _FORM_AT_ONCE
+
+    def _each_example(self, ask: Callable[[Any], tf.Tensor]) -> tf.Tensor:
+        """Ask all examples at once, or one after another where the rows would be large."""
+        if not self._large():
+            return ask(self)
+        batch = tf.shape(self._any_tensor())[0]
+        return tf.map_fn(
+            lambda b: ask(self._example(b))[0],
+            tf.range(batch),
+            fn_output_signature=self._any_tensor().dtype,
+        )
+
+    def _over_examples(self, ask: Callable[[Any], tf.Tensor]) -> tf.Tensor:
+        """Ask all examples at once, or add up the answers of one after another."""
+        if not self._large():
+            return ask(self)
+        batch = tf.shape(self._any_tensor())[0]
+        start = tf.zeros(self.layout.target, self._any_tensor().dtype)
+        return tf.while_loop(
+            lambda b, total: b < batch,
+            lambda b, total: (b + 1, total + ask(self._example(b))),
+            (tf.constant(0), start),
+        )[1]
+
+    def _example(self, b: tf.Tensor) -> Self:
+        """Return one example's factor, its batch axis kept."""
+        held = {name: getattr(self, name) for name in _fields(type(self))[1]}
+        own: Any = {
+            name: part.example(b) if isinstance(part, Patches) else part[b : b + 1]
+            for name, part in held.items()
+        }
+        return dataclasses.replace(self, **own)
+
+    def _back(self, pulled: tf.Tensor, per_example: bool) -> tf.Tensor:
+        lead = 1 if per_example else 0
+        own = tf.reshape(pulled, tf.concat([tf.shape(pulled)[:lead], self.layout.target], 0))
+        return self.layout.invert(own, lead=lead)
+
+    def __tf_flatten__(self) -> tuple[tuple, tuple]:
+        static, moving = _fields(type(self))
+        return tuple(getattr(self, n) for n in static), tuple(getattr(self, n) for n in moving)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple, components: tuple) -> Self:
+        static, moving = _fields(cls)
+        named = dict(zip(static, metadata, strict=True)) | dict(
+            zip(moving, components, strict=True)
+        )
+        return cls(**named)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Explicit(Factor):
+    """The rows themselves, (B, K, *layout.target)."""
+
+    jacobian: tf.Tensor
+
+    def rows(self) -> tf.Tensor:
+        """Return what is held."""
+        return self.jacobian
+
+    @property
+    def row_count(self) -> int | None:
+        """K."""
+        return self.jacobian.shape[1]
+
+    def ways(self, question: str) -> list[Way]:
+        """Return the only one: the rows are there."""
+        return [Way("the rows are held", 0, 0)]
+
+    def compact(self) -> Factor:
+        """Return itself: nothing is smaller."""
+        return self
+
+    def _any_tensor(self) -> tf.Tensor:
+        return self.jacobian
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Zero(Factor):
+    """Rows that are all zero: what was asked does not depend on this weight."""
+
+    delta: tf.Tensor  # (B, K, 0): carries B, K and the dtype
+
+    def rows(self) -> tf.Tensor:
+        """Form the zeros."""
+        return tf.zeros([*lead_of(self.delta), *self.layout.target], self.delta.dtype)
+
+    def ways(self, question: str) -> list[Way]:
+        """Return the only one."""
+        return [Way("zero", 0, 0)]
+
+    def squared_norms(self) -> tf.Tensor:
+        """Return zeros, (B, K)."""
+        return tf.zeros(tf.shape(self.delta)[:2], self.delta.dtype)
+
+    def compact(self) -> Factor:
+        """Return itself: nothing is smaller."""
+        return self
+
+
+def _fields(cls: type) -> tuple[list[str], list[str]]:
+    """Return the names of the static fields and of those that hold tensors."""
+    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    return static, [f.name for f in dataclasses.fields(cls) if f.name not in static]
+
+
+def lead_of(rows: tf.Tensor) -> tuple[Any, Any]:
+    """B and K of a tensor (B, K, ...), as numbers where they are known."""
+    shape = tf.shape(rows)
+    return rows.shape[0] or shape[0], rows.shape[1] or shape[1]
+
+
+def sum_of_squares(rows: tf.Tensor) -> tf.Tensor:
+    """Sum over all axes but the first two."""
+    return tf.reduce_sum(tf.square(rows), list(range(2, rows.shape.rank)))
+
+
+def gram_of(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """Inner products of rows: (B, K, ...) with (B', K', ...) to (B, K, B', K')."""
+    entries = left.shape[2:].num_elements()
+    entries = tf.reduce_prod(tf.shape(left)[2:]) if entries is None else entries
+    flat_left, flat_right = (
+        tf.reshape(rows, [math.prod(lead_of(rows)), entries]) for rows in (left, right)
+    )
+    products = tf.matmul(flat_left, flat_right, transpose_b=True)
+    return tf.reshape(products, [*lead_of(left), *lead_of(right)])

@@ -1,0 +1,181 @@
+"""Rows that are a sum over positions of outer products: dense layers and convolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from perjac.factors.base import Factor, Way, gram_of, sum_of_squares
+from perjac.patches import Patches
+from perjac.shapes import size
+from perjac.sketch import Side
+
+# Rows of both sides of a Gram matrix, formed a block of a weight's inputs at a time.
+_BLOCK = 2**25
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outer(Factor):
+    """J[b,k,i,o] = Σ_t a[b,t,i] δ[b,k,t,o], with a (B, T, I) or Patches of one, δ (B, K, T, O)."""
+
+    a: Any
+    delta: tf.Tensor
+
+    @property
+    def columns(self) -> tf.Tensor:
+        """The left side as a tensor, (B, T, I)."""
+        return self.a.columns() if isinstance(self.a, Patches) else self.a
+
+    @property
+    def positions(self) -> int | None:
+        """T, where it is known."""
+        return self.delta.shape[2]
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether T = 1."""
+        return self.positions == 1 and not isinstance(self.a, Patches)
+
+    def ways(self, question: str) -> list[Way]:
+        """Return the ways to an answer, the cheapest first."""
+        t, (i, o), k = self.positions or 1, self.layout.target, self.row_count or 1
+        form = Way("form I×O", self._forming(), k * i * o)
+        if question in ("squared_norms", "norms", "clipped_sum"):
+            if self.rank_one:
+                return [Way("‖a‖²‖δ‖²", i + k * o, 0), form]
+            products = Way("T×T Gram", t * t * (i + k * o), (1 + k) * t * t)
+            return sorted([form, products], key=lambda way: way.cost)
+        if question in ("diagonal", "variance", "snr", "squared_deviations"):
+            return [Way("(a²)ᵀδ²", i * k * o, 0), form] if self.rank_one else [form]
+        if question == "gram":
+            return [Way("(A Aᵀ)∘(Δ Δᵀ)", i + k * o, 0), form] if self.rank_one else [form]
+        if question in ("jvp", "vjp", "mean"):
+            return [Way("contract a and δ", t * i * o + k * t * o, t * o), form]
+        if question == "project":
+            return [Way("sketch a and δ", t * (i + k * o), t * (1 + k)), form]  # for each number
+        return [form]
+
+    def rows(self) -> tf.Tensor:
+        """Form (B, K, I, O): a broadcast product for T = 1, else a matmul over the positions."""
+        if self.rank_one:
+            return self.a[:, :, :, None] * self.delta
+        return tf.matmul(self.columns[:, None], self.delta, transpose_a=True)
+
+    def squared_norms(self) -> tf.Tensor:
+        """Return ‖a‖²‖δ‖² for T = 1, else the cheaper of forming I×O and the two T×T Grams.
+
+        Σ_ts (a_t·a_s)(δ_t·δ_s) costs T²(I + K·O) multiply-adds, forming K·T·I·O.
+        """
+        if self.rank_one:
+            lengths = tf.reduce_sum(tf.square(self.a), 2)  # (B, 1)
+            return lengths * tf.reduce_sum(tf.square(self.delta), [2, 3])
+        if self.ways("squared_norms")[0].name != "T×T Gram":
+            return self._each_example(lambda part: sum_of_squares(part.rows()))
+        a = self.columns
+        similar = tf.matmul(a, a, transpose_b=True)[:, None]  # (B, 1, T, T)
+        squared = tf.reduce_sum(
+            similar * tf.matmul(self.delta, self.delta, transpose_b=True), [2, 3]
+        )
+        return tf.maximum(squared, 0)  # rounding may leave a tiny negative
+
+    def _gram(self, other: Outer) -> tf.Tensor:
+        """(A A'ᵀ) ∘ (Δ Δ'ᵀ) for T = 1, else over the formed rows, a block of inputs at a time."""
+        if self.rank_one and other.rank_one:
+            inputs = tf.matmul(self.a[:, 0], other.a[:, 0], transpose_b=True)  # (B, B')
+            return inputs[:, None, :, None] * gram_of(self.delta, other.delta)
+        inputs, outputs = self.layout.target
+        rows = sum((f.delta.shape[0] or 1) * (f.row_count or 1) for f in (self, other))
+        blocks = math.ceil(rows * inputs * outputs / _BLOCK)
+        width = math.ceil(inputs / blocks) if blocks else inputs
+        mine, theirs = self.columns, other.columns
+        return tf.add_n(
+            [
+                gram_of(
+                    tf.matmul(mine[:, None, :, n : n + width], self.delta, transpose_a=True),
+                    tf.matmul(theirs[:, None, :, n : n + width], other.delta, transpose_a=True),
+                )
+                for n in range(0, inputs, max(width, 1))
+            ]
+        )
+
+    def jvp(self, v: tf.Tensor) -> tf.Tensor:
+        """Return Σ_t a_tᵀ V δ_t: T·I·O + K·T·O multiply-adds an example."""
+        moved = tf.einsum("bti,io->bto", self.columns, self.layout.apply(v))
+        return tf.einsum("bto,bkto->bk", moved, self.delta)
+
+    def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
+        """Return Σ_bkt u a_tᵀ δ_t: the K cotangents are summed before the product."""
+        delta = weighted(self.delta, u)
+        if per_example:
+            return self._back(tf.matmul(self.columns, delta, transpose_a=True), True)
+        if isinstance(self.a, Patches) and self.a.backward:
+            return self._back(self.a.summed(delta), False)
+        inputs, outputs = self.layout.target
+        flat = tf.reshape(self.columns, [-1, inputs])
+        return self._back(
+            tf.matmul(flat, tf.reshape(delta, [-1, outputs]), transpose_a=True), False
+        )
+
+    def diagonal(self) -> tf.Tensor:
+        """Return (a²)ᵀ(Σ_k δ²) for T = 1; else form, square and add."""
+        if not self.rank_one:
+            return super().diagonal()
+        delta = tf.reduce_sum(tf.square(self.delta[:, :, 0]), 1)
+        return self._back(tf.matmul(tf.square(self.a[:, 0]), delta, transpose_a=True), False)
+
+    def squared_deviations(self) -> tf.Tensor:
+        """Return Σ (J - J̄)²: by moments in float64 for T = 1, where no row is formed."""
+        return self._by_moments() if self.rank_one else super().squared_deviations()
+
+    def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
+        """Return Σ_t (r·a_t)(q·δ_t), (B, K, dim): T·dim·(I + K·O) multiply-adds an example."""
+        left, right = (drawn[side] for side in self.sides)
+        a, delta = left.of(self.columns), right.of(self.delta)  # (B, T, dim), (B, K, T, dim)
+        return left.finish(tf.reduce_sum(a[:, None] * delta, 2))
+
+    def _forming(self) -> int:
+        inputs, outputs = self.layout.target
+        return (self.row_count or 1) * (self.positions or 1) * inputs * outputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grouped(Factor):
+    """J[b,k,g,i,o] = Σ_t a[b,t,g,i] δ[b,k,t,g,o]: an Outer for each group g."""
+
+    a: tf.Tensor  # (B, T, G, I)
+    delta: tf.Tensor  # (B, K, T, G, O)
+
+    def rows(self) -> tf.Tensor:
+        """Form (B, K, G, I, O)."""
+        return tf.einsum("btgi,bktgo->bkgio", self.a, self.delta)
+
+    def jvp(self, v: tf.Tensor) -> tf.Tensor:
+        """Return Σ_tg a_tgᵀ V_g δ_tg."""
+        moved = tf.einsum("btgi,gio->btgo", self.a, self.layout.apply(v))
+        return tf.einsum("btgo,bktgo->bk", moved, self.delta)
+
+    def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
+        """Return Σ_bkt u a_tgᵀ δ_tg."""
+        equation = "btgi,btgo->bgio" if per_example else "btgi,btgo->gio"
+        return self._back(tf.einsum(equation, self.a, weighted(self.delta, u)), per_example)
+
+    def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
+        """Return Σ_tg (r_g·a_tg)(q·δ_tg), (B, K, dim)."""
+        left, right = (drawn[side] for side in self.sides)
+        a, delta = left.of_groups(self.a), right.of(self.delta)  # (B, [K,] T, G, dim)
+        return left.finish(tf.reduce_sum(a[:, None] * delta, [2, 3]))
+
+    def _forming(self) -> int:
+        return (self.row_count or 1) * (self.delta.shape[2] or 1) * size(self.layout.target)
+
+
+def weighted(delta: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
+    """Return Σ_k u[b,k] δ[b,k,...], (B, ...): without a sum where there is one row."""
+    spread = tf.reshape(u, tf.concat([tf.shape(u), tf.ones([delta.shape.rank - 2], tf.int32)], 0))
+    if delta.shape[1] == 1:
+        return delta[:, 0] * spread[:, 0]
+    return tf.reduce_sum(delta * spread, 1)

@@ -1,0 +1,337 @@
+"""Rows: what Jacobians and gradients have in common. A mapping from sources to rows.
+
+Rows are formed when asked for; every query is handed to the factors, compiled once for each kind
+of factor and shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import tensorflow as tf
+
+from perjac import host, memory, sketch
+from perjac.combination import held_in
+from perjac.errors import InputError, UnknownNameError
+from perjac.explanation import Explanation
+from perjac.factors import Explicit, Factor
+from perjac.sources import ByKey, Source, Weights, is_variable, match
+
+Factors = Mapping[str, Factor]
+
+
+class Rows(Mapping):
+    """Derivatives by the chosen sources, B examples × K rows × P numbers.
+
+    `Jacobian` shows the rows' axis, `Gradients`, of one row, does not: what comes before the
+    numbers of a row, `lead`, is (B, K) or (B,).
+    """
+
+    _instead = "norms(), gram(), jvp(), vjp(), project() and diagonal() answer without forming it"
+
+    def __init__(
+        self,
+        factors: Mapping[str, Factor],
+        sources: Sequence[Source],
+        weights: Weights,
+        lead: tuple[int, ...],
+        row_shape: tuple[int, ...],
+        memory_limit: int | str | None = None,
+        jit: bool = True,
+    ):
+        self._factors, self._weights, self._jit = dict(factors), weights, jit
+        self._sources = {source.key: source for source in sources}
+        self._memory_limit, self._lead, self._row_shape = memory_limit, lead, row_shape
+        dtypes = [source.dtype for source in sources]
+        self._held = held_in(dtypes)
+        self._dtype = max(dtypes, key=lambda dtype: dtype.size)  # of what is about all sources
+        self._count = (*lead, 1)[1]  # K
+        self.shape = (*lead, sum(source.size for source in sources))
+
+    def __getitem__(self, key: Any) -> tf.Tensor:
+        """Form the rows of one source, (B, *row_shape, *source.shape)."""
+        source = self._find(key)
+        self._check_size(source.size, source.dtype, repr(source.key))
+        factor = self._factors[source.key]
+        if isinstance(factor, Explicit):
+            rows = factor.dense()
+        else:
+            rows = query(_formed, self._jit and factor.rank_one)(factor)
+        shape = (self.shape[0], *self._row_shape, *source.shape)
+        rows = rows if rows.shape == shape else tf.reshape(rows, shape)
+        return tf.cast(rows, source.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self._find(key)
+        except KeyError:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{s.key!r}: {s.shape}" for s in self._sources.values())
+        return f"{type(self).__name__}(shape={self.shape}, {{{inside}}})"
+
+    def matrix(self) -> tf.Tensor:
+        """Form everything as one array, (*lead, P), columns in the order of `keys()`.
+
+        Raises
+        ------
+        MemoryError
+            If it does not fit into the memory limit.
+        """
+        self._check_size(self.shape[-1], self._dtype, "all of it")
+        parts = [tf.reshape(self[key], [*self._lead, s.size]) for key, s in self._sources.items()]
+        return tf.concat([tf.cast(part, self._dtype) for part in parts], -1)
+
+    def gram(self, other: Self | None = None) -> tf.Tensor:
+        """Return all inner products of rows, (*lead, *other's lead).
+
+        Of a Jacobian it is the empirical neural tangent kernel, (B, K, B', K').
+
+        Parameters
+        ----------
+        other : of the same class, optional
+            Of the same sources on other examples; itself if left out.
+
+        References
+        ----------
+        Jacot et al. 2018, Neural Tangent Kernel.
+        """
+        other = self if other is None else other
+        if type(other) is not type(self) or list(other) != list(self):
+            raise InputError(
+                f"Expected {type(self).__name__} with respect to the same sources. "
+                f"Received: {other!r:.200}, beside {self!r:.200}."
+            )
+        size = self.shape[0] * self._count * other.shape[0] * other._count
+        memory.check(
+            size * self._dtype.size, self._memory_limit, "The Gram matrix",
+            "Choose fewer outputs or examples, and fill it block by block with gram(other).",
+        )  # fmt: skip
+        products = query(_gram)(self._factors, other._factors)
+        products = tf.cast(products, self._dtype)
+        return tf.reshape(products, [*self._lead, *other._lead])
+
+    def cosine_similarity(self, other: Self | None = None) -> tf.Tensor:
+        """Return the cosines of the angles between all rows, (*lead, *other's lead); 0 beside zero.
+
+        Parameters
+        ----------
+        other : of the same class, optional
+            As in `gram`.
+        """
+        other = self if other is None else other
+        products = self.gram(other)
+        lengths = tf.tensordot(self._lengths(), other._lengths(), 0)
+        return tf.clip_by_value(tf.math.divide_no_nan(products, lengths), -1, 1)
+
+    def jvp(self, v: Any) -> tf.Tensor:
+        """Return the rows' inner products with a direction, J v, (*lead).
+
+        Parameters
+        ----------
+        v : array (P,), or mapping of name to array
+            A direction in the sources; names left out of a mapping count as zero.
+        """
+        directions = self._directions(v)
+        asked = {key: self._factors[key] for key in directions}
+        return self._shown(query(_along)(asked, directions))
+
+    def vjp(self, u: Any, per_example: bool = False) -> dict[str, tf.Tensor]:
+        """Return the weighted sum of the rows, Jᵀ u, by key, each of its source's shape.
+
+        Parameters
+        ----------
+        u : array (*lead), or (B, *row_shape)
+            A weight for every row.
+        per_example : bool
+            Whether to keep the examples apart: (B, *shape) instead of their sum.
+        """
+        u = tf.convert_to_tensor(u)
+        shapes = list(dict.fromkeys([self._lead, (self.shape[0], *self._row_shape)]))
+        if tuple(u.shape) not in shapes:
+            raise InputError(
+                f"Expected u of shape {' or '.join(map(str, shapes))}. Received: {tuple(u.shape)}."
+            )
+        u = tf.cast(tf.reshape(u, [self.shape[0], self._count]), self._held)
+        return self._ordered(query(weighted_sum, per_example=per_example)(self._factors, u))
+
+    def diagonal(self) -> dict[str, tf.Tensor]:
+        """Return Σ over examples and rows of the squares, by key, each of its source's shape."""
+        return self._ordered(query(_squares)(self._factors))
+
+    def project(self, dim: int, seed: int = 0, kind: str = "gaussian") -> tf.Tensor:
+        """Return random projections of the rows, (*lead, dim), that keep inner products.
+
+        ⟨S r, S r'⟩ has the mean ⟨r, r'⟩ over seeds and a standard deviation of at most
+        3 ‖r‖‖r'‖ / √dim (√11 for "sparse"). Rows are never formed where a factor is cheaper.
+
+        Parameters
+        ----------
+        dim : int
+            Of the projections.
+        seed : int
+            The same seed gives the same projection of the same weights, whatever the batch, in
+            any process and on any machine, up to rounding.
+        kind : {"gaussian", "rademacher", "sparse"}
+            Normal numbers; signs, which are a little more exact; or a count sketch, whose cost
+            does not grow with `dim` times the weights.
+
+        Notes
+        -----
+        A weight is read as a matrix (I, O), as it meets the data, and each of the `dim` numbers is
+        rᵀ J q with r and q random: for J = Σ_t a_t δ_tᵀ that is Σ_t (r·a_t)(q·δ_t), so
+        T·dim·(I + O) multiply-adds an example instead of dim·I·O. How a weight is read belongs to
+        the model and the path that the weight takes; `explain("project")` shows it.
+
+        References
+        ----------
+        Johnson and Lindenstrauss 1984; Pham and Pagh 2013, TensorSketch ("sparse"), whose variance
+        is bounded in Avron, Nguyen and Woodruff 2014; Sun et al. 2018, tensor random projections.
+        """
+        if not isinstance(dim, int) or dim < 1:
+            raise InputError(f"Expected dim= as a positive int. Received: {dim!r}.")
+        if kind not in sketch.KINDS:
+            raise InputError(f"Expected kind= one of {sketch.KINDS}. Received: {kind!r}.")
+        sides = {key: factor.sides for key, factor in self._factors.items()}
+        drawn = sketch.draw(sides, dim, seed, kind, self._held)
+        return self._shown(query(_projected)(self._factors, drawn))
+
+    def explain(self, question: str = "squared_norms") -> Explanation:
+        """Return which way each weight's factor takes to the answer of a query, and why.
+
+        Parameters
+        ----------
+        question : str
+            A query: "norms", "gram", "jvp", "vjp", "diagonal", "project", …
+
+        Returns
+        -------
+        Explanation
+            A table: print it, or read its `rows`.
+        """
+        return Explanation.of(question, self._factors, self.shape[0])
+
+    def _lengths(self) -> tf.Tensor:
+        """The norm of every row, (*lead)."""
+        return self._shown(query(lengths)(self._factors))
+
+    def _shown(self, answer: tf.Tensor) -> tf.Tensor:
+        """Give an answer (B, K, ...) as (*lead, ...), in the type of the sources."""
+        answer = tf.cast(answer, self._dtype)
+        return answer if len(self._lead) == 2 else tf.squeeze(answer, 1)
+
+    def _as_sources(self, answer: Any) -> Any:
+        """Give an answer, or each of a mapping's, in the type of the sources."""
+        return tf.nest.map_structure(lambda t: tf.cast(t, self._dtype), answer)
+
+    def _ordered(self, answers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answers in the order and types of the sources."""
+        found = {key: tf.cast(answers[key], s.dtype) for key, s in self._sources.items()}
+        return ByKey(found, lambda key: self._find(key).key)
+
+    def _find(self, key: Any) -> Source:
+        if is_variable(key):
+            number = self._weights.number(key)
+            if number is None or self._weights.keys[number] not in self._sources:
+                raise UnknownNameError(f"There are no rows for variable {key!r} here.")
+            return self._sources[self._weights.keys[number]]
+        if not isinstance(key, str):
+            raise UnknownNameError(f"Expected a key or a variable. Received: {key!r}.")
+        if key == "inputs":
+            inputs = [s for s in self._sources.values() if s.kind == "input"]
+            if len(inputs) == 1:
+                return inputs[0]
+        return self._sources[match(key, self._sources, "key")]
+
+    def _directions(self, v: Any) -> dict[str, tf.Tensor]:
+        sources = list(self._sources.values())
+        if isinstance(v, Mapping):
+            named = {self._find(key): value for key, value in v.items()}
+            wrong = [s for s, value in named.items() if tuple(value.shape) != s.shape]
+            if wrong or not named:
+                raise InputError(
+                    f"Expected v[{wrong[0].key!r}] of shape {wrong[0].shape}. Received: "
+                    f"{tuple(named[wrong[0]].shape)}." if wrong else "v is empty."
+                )  # fmt: skip
+            return {s.key: tf.cast(value, self._held) for s, value in named.items()}
+        flat = tf.convert_to_tensor(v)
+        if tuple(flat.shape) != (self.shape[-1],):
+            raise InputError(
+                f"Expected v of shape (P,) = ({self.shape[-1]},). Received: {tuple(flat.shape)}."
+            )
+        parts = tf.split(flat, [source.size for source in sources])
+        return {
+            s.key: tf.cast(tf.reshape(part, s.shape), self._held)
+            for s, part in zip(sources, parts, strict=True)
+        }
+
+    def _check_size(self, size: int, dtype: tf.DType, what: str) -> None:
+        shape = (*self._lead, size)
+        memory.check(
+            self.shape[0] * self._count * size * dtype.size, self._memory_limit,
+            f"Forming {what} as {shape}",
+            f"{self._instead}; or choose fewer outputs= or examples.",
+        )  # fmt: skip
+
+
+@functools.cache
+def query(question: Callable[..., Any], jit: bool = False, **options: Any) -> Callable[..., Any]:
+    """Return a question, a function of {key: factor} and more, as one compiled whole."""
+    # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
+    return host.compiled(functools.partial(question, **options), jit_compile=jit or None)
+
+
+def lengths(factors: Factors) -> tf.Tensor:
+    """Return the norm of every row, (B, K)."""
+    return tf.sqrt(tf.add_n([factor.squared_norms() for factor in factors.values()]))
+
+
+def norms(factors: Factors, per: str | None) -> Any:
+    """Return each example's norm, (B,): of all, or by "source" or "layer"."""
+    squared: dict[str, list[tf.Tensor]] = {}
+    for key, factor in factors.items():
+        squared.setdefault(group_of(key, per), []).append(tf.reduce_sum(factor.squared_norms(), 1))
+    found = {name: tf.sqrt(tf.add_n(parts)) for name, parts in squared.items()}
+    return found if per else found[""]
+
+
+def group_of(key: str, per: str | None) -> str:
+    """Return what a source's norm is part of: "layer" is its path without the last name."""
+    if per is None:
+        return ""
+    return (key.rpartition("/")[0] or key) if per == "layer" else key
+
+
+def weighted_sum(factors: Factors, u: tf.Tensor, per_example: bool = False) -> dict[str, tf.Tensor]:
+    """Return Σ u · row by key, u (B, K)."""
+    return {key: factor.vjp(u, per_example) for key, factor in factors.items()}
+
+
+def _formed(factor: Factor) -> tf.Tensor:
+    return factor.dense()
+
+
+def _gram(factors: Factors, others: Factors) -> tf.Tensor:
+    return tf.add_n([factor.gram(others[key]) for key, factor in factors.items()])
+
+
+def _along(factors: Factors, directions: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    return tf.add_n([factor.jvp(directions[key]) for key, factor in factors.items()])
+
+
+def _squares(factors: Factors) -> dict[str, tf.Tensor]:
+    return {key: factor.diagonal() for key, factor in factors.items()}
+
+
+def _projected(factors: Factors, drawn: Mapping[str, Any]) -> tf.Tensor:
+    return tf.add_n([factor.project(drawn[key]) for key, factor in factors.items()])

@@ -1,0 +1,147 @@
+"""Random directions for projections: the same for the same seed, weight and axes, everywhere.
+
+A weight's row is read as a matrix with two sides; each side is drawn for the weight's own axes that
+it runs over, so that a table and its transpose, at two sites of one weight, meet the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from perjac.layout import Piece
+from perjac.shapes import known
+
+KINDS = ("gaussian", "rademacher", "sparse")
+Side = tuple[Piece, ...]  # of a weight's axes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normal:
+    """A matrix of independent numbers (n, dim) for one side: x ↦ x @ matrix."""
+
+    matrix: tf.Tensor
+
+    def of(self, x: tf.Tensor) -> tf.Tensor:
+        """Map (..., n) to (..., dim)."""
+        return tf.tensordot(x, self.matrix, 1)
+
+    def of_groups(self, x: tf.Tensor) -> tf.Tensor:
+        """Map (..., G, n / G), the groups of entries kept apart, to (..., G, dim)."""
+        matrix = tf.reshape(self.matrix, [x.shape[-2], x.shape[-1], -1])
+        return tf.einsum("...gi,gim->...gm", x, matrix)
+
+    def at(self, ids: tf.Tensor) -> tf.Tensor:
+        """Return what the entries numbered `ids` (...) map to, (..., dim)."""
+        return tf.gather(self.matrix, ids)
+
+    def finish(self, products: tf.Tensor) -> tf.Tensor:
+        """Scale the products of two sides."""
+        return products / math.sqrt(known(self.matrix.shape)[1])
+
+    def __tf_flatten__(self) -> tuple[tuple, tuple]:
+        return (), (self.matrix,)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple, components: tuple) -> Normal:
+        return cls(*components)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Count:
+    """A count sketch of one side: entry i is added to bucket h(i) with sign s(i).
+
+    In the Fourier domain, where the sketch of a product is the product of sketches.
+    """
+
+    buckets: tf.Tensor  # (n,)
+    signs: tf.Tensor  # (n,)
+    dim: int
+
+    def of(self, x: tf.Tensor) -> tf.Tensor:
+        """Map (..., n) to (..., dim // 2 + 1) complex numbers."""
+        return tf.squeeze(self.of_groups(tf.expand_dims(x, -2)), -2)
+
+    def of_groups(self, x: tf.Tensor) -> tf.Tensor:
+        """Map (..., G, n / G) to (..., G, dim // 2 + 1)."""
+        groups, entries = known(x.shape[-2:])
+        flat = tf.reshape(x, [-1, groups * entries]) * self.signs
+        own = tf.repeat(tf.range(groups) * self.dim, entries) + self.buckets
+        added = tf.math.unsorted_segment_sum(tf.transpose(flat), own, groups * self.dim)
+        shape = tf.concat([tf.shape(x)[:-1], [self.dim]], 0)
+        return tf.signal.rfft(tf.reshape(tf.transpose(added), shape))
+
+    def at(self, ids: tf.Tensor) -> tf.Tensor:
+        """Return what the entries numbered `ids` (...) map to."""
+        hot = tf.one_hot(tf.gather(self.buckets, ids), self.dim, dtype=self.signs.dtype)
+        return tf.signal.rfft(hot * tf.gather(self.signs, ids)[..., None])
+
+    def finish(self, products: tf.Tensor) -> tf.Tensor:
+        """Leave the Fourier domain."""
+        return tf.signal.irfft(products, [self.dim])
+
+    def __tf_flatten__(self) -> tuple[tuple, tuple]:
+        return (self.dim,), (self.buckets, self.signs)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple, components: tuple) -> Count:
+        return cls(*components, *metadata)
+
+
+def draw(
+    sides: Mapping[str, Sequence[Side]], dim: int, seed: int, kind: str, dtype: tf.DType
+) -> dict[str, dict[Side, Normal | Count]]:
+    """Return what is drawn for every side of every weight, by the weight's key."""
+    wanted = tuple((key, tuple(found)) for key, found in sides.items())
+    return _drawn(wanted, dim, seed, kind, dtype)
+
+
+@functools.lru_cache(maxsize=1)  # a data set is projected batch by batch with the same numbers
+def _drawn(
+    wanted: tuple, dim: int, seed: int, kind: str, dtype: tf.DType
+) -> dict[str, dict[Side, Any]]:
+    return {
+        key: {side: _side(key, side, dim, seed, kind, dtype) for side in found}
+        for key, found in wanted
+    }
+
+
+def _side(key: str, side: Side, dim: int, seed: int, kind: str, dtype: tf.DType) -> Normal | Count:
+    # Drawn in the order of the weight's axes, then laid out in the side's own order.
+    ordered = sorted(side, key=lambda piece: (piece[0], -piece[2]))
+    lengths = [length for _, length, _ in ordered]
+    place = np.arange(math.prod(lengths)).reshape(lengths)
+    place = place.transpose([ordered.index(piece) for piece in side]).reshape(-1)
+    name = f"{key}/{kind}/{ordered}"
+    if kind == "sparse":
+        bits = _bits(seed, name, 2 * len(place)).reshape(2, -1)
+        buckets = (bits[0] % np.uint64(dim)).astype("int32")[place]
+        return Count(tf.constant(buckets), tf.cast(_signs(bits[1])[place], dtype), dim)
+    bits = _bits(seed, name, len(place) * dim)
+    numbers = _signs(bits) if kind == "rademacher" else _normal(seed, name, bits)
+    return Normal(tf.constant(numbers.reshape(len(place), dim)[place], dtype))
+
+
+def _bits(seed: int, name: str, count: int) -> np.ndarray:
+    """Return random 64-bit integers, which are the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+    generator = np.random.Philox(key=np.frombuffer(digest, "<u8"))
+    return np.asarray(generator.random_raw(count), "uint64")
+
+
+def _signs(bits: np.ndarray) -> np.ndarray:
+    return np.where(bits >> np.uint64(63), 1.0, -1.0)
+
+
+def _normal(seed: int, name: str, bits: np.ndarray) -> np.ndarray:
+    """Return standard normal numbers, by Box and Muller 1958."""
+    other = _bits(seed, name + "/angle", len(bits))
+    radius = np.sqrt(-2 * np.log1p((bits >> np.uint64(11)) * -(2.0**-53)))
+    return radius * np.cos((other >> np.uint64(11)) * (2 * np.pi * 2.0**-53))
