@@ -1,7 +1,8 @@
 """The jobs: each a set of ways to the same answer, as functions without arguments.
 
-A way returns a list of tensors, all of them formed. The floor forms nothing but memory of the
-answer's size; its values mean nothing.
+A way returns a list of tensors, all of them formed. Floors answer something else: filling memory of
+the answer's size, and one ordinary gradient of the batch's mean loss, whose arithmetic every
+per-example gradient needs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import perjac as pj
 
 Ways = dict[str, Callable[[], list[tf.Tensor]]]
 FLOOR = "floor: filling memory"
+PLAIN = "floor: one batch gradient"
+FLOORS = (FLOOR, PLAIN)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def weights(model: keras.Model, x: np.ndarray) -> Ways:
@@ -71,10 +75,90 @@ def norms(model: keras.Model, x: np.ndarray) -> Ways:
     }
 
 
-JOBS = {"weights": weights, "inputs": inputs, "norms": norms}
+def gradients(model: keras.Model, x: np.ndarray) -> Ways:
+    """Each example's gradient of the loss, all formed."""
+    engine, data, labels = pj.Engine(model), tf.constant(x), _labels(model, x)
+
+    def perjac():
+        grads = engine.gradients(data, labels, loss=LOSS)
+        return [grads[key] for key in grads]
+
+    sizes = [(len(x), *v.shape) for v in model.trainable_variables]
+    return {
+        "perjac": perjac,
+        **_over_examples(_gradient_of(model), (data, labels)),
+        PLAIN: _batch_gradient(model, data, labels),
+        FLOOR: _fill(sizes),
+    }
 
 
-def _over_examples(one: Callable, data: tf.Tensor) -> Ways:
+def gradient_norms(model: keras.Model, x: np.ndarray) -> Ways:
+    """The norm of each example's gradient of the loss."""
+    engine, data, labels = pj.Engine(model), tf.constant(x), _labels(model, x)
+    gradient = _gradient_of(model)
+
+    def norm(example):
+        return [tf.linalg.global_norm(gradient(example))]
+
+    return {
+        "perjac": lambda: [engine.gradients(data, labels, loss=LOSS).norms()],
+        **_over_examples(norm, (data, labels)),
+        PLAIN: _batch_gradient(model, data, labels),
+    }
+
+
+def clipped_sum(model: keras.Model, x: np.ndarray) -> Ways:
+    """The sum of the examples' gradients, each clipped to norm 1."""
+    engine, data, labels = pj.Engine(model), tf.constant(x), _labels(model, x)
+    gradient = _gradient_of(model)
+
+    def perjac():
+        return list(engine.gradients(data, labels, loss=LOSS).clipped_sum(1.0).values())
+
+    def clipped():
+        parts = tf.vectorized_map(
+            lambda example: tf.clip_by_global_norm(gradient(example), 1.0)[0], (data, labels)
+        )
+        return [tf.reduce_sum(part, 0) for part in parts]
+
+    return {
+        "perjac": perjac,
+        "vectorized_map": _compiled(clipped),
+        PLAIN: _batch_gradient(model, data, labels),
+    }
+
+
+JOBS = {
+    job.__name__: job for job in (weights, inputs, norms, gradients, gradient_norms, clipped_sum)
+}
+
+
+def _labels(model: keras.Model, x: np.ndarray) -> tf.Tensor:
+    return tf.constant(np.random.default_rng(1).integers(0, model.output_shape[-1], len(x)))
+
+
+def _gradient_of(model: keras.Model) -> Callable:
+    """One example's gradient of the loss by every weight."""
+
+    def gradient(example):
+        with tf.GradientTape() as tape:
+            loss = LOSS(example[1][None], model(example[0][None], training=False))
+        found = tape.gradient(loss, model.trainable_variables)
+        return [tf.convert_to_tensor(g) for g in found]
+
+    return gradient
+
+
+def _batch_gradient(model: keras.Model, x: tf.Tensor, labels: tf.Tensor) -> Callable:
+    def plain():
+        with tf.GradientTape() as tape:
+            loss = LOSS(labels, model(x, training=False))
+        return tape.gradient(loss, model.trainable_variables)
+
+    return _compiled(plain)
+
+
+def _over_examples(one: Callable, data: tf.Tensor | tuple[tf.Tensor, ...]) -> Ways:
     """TensorFlow's own ways for a function of one example: vectorised, in one graph, warm."""
 
     def mapped():

@@ -29,13 +29,39 @@ def hidden_rows(call: Callable, x: Any, outputs=None) -> list[np.ndarray]:
     return [rows[:, :, 0] for rows in _rows(call, x, outputs)]
 
 
+def loss_rows(call: Callable, loss: Callable, x: Any, y: Any, weights: Sequence | None = None):
+    """Return each example's loss, (B,), and its gradient by each weight, (B, *shape).
+
+    By each float input where no weights are given. `loss` takes one example's labels and outputs,
+    a batch of one each, to a number.
+    """
+    graph = tf.function(lambda one, labels: loss(labels, call(one)), autograph=False)
+    losses, gradients = [], []
+    for b in range(len(tf.nest.flatten(x)[0])):
+        one, labels = _alone(x, b), _alone(y, b)
+        with tf.GradientTape() as tape:
+            tape.watch(_floats(one))
+            value = graph(one, labels)
+        sources = _floats(one) if weights is None else weights
+        found = tape.gradient(value, sources)
+        losses.append(value.numpy().item())
+        gradients.append([_dense(g, s) for g, s in zip(found, sources, strict=True)])
+    rows = [np.array(of_source) for of_source in zip(*gradients, strict=True)]
+    return np.array(losses), rows if weights is not None else [r[:, 0] for r in rows]
+
+
 def _rows(call: Callable, x: Any, outputs) -> list[np.ndarray]:
     per_example = []
     for b in range(len(tf.nest.flatten(x)[0])):
-        one = tf.nest.map_structure(lambda t, b=b: tf.convert_to_tensor(t[b : b + 1]), x)
+        one = _alone(x, b)
         chosen = range(tf.size(call(one)[0])) if outputs is None else outputs
         per_example.append([_row(call, one, k) for k in chosen])
     return [np.array(rows) for rows in _transpose(per_example)]
+
+
+def _alone(x: Any, b: int) -> Any:
+    """Return example b as a batch of one."""
+    return tf.nest.map_structure(lambda t: tf.convert_to_tensor(t[b : b + 1]), x)
 
 
 def _row(call: Callable, one: Any, k: int) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from perjac import cli
 
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 PERJAC = str(pathlib.Path(sys.executable).parent / "perjac")
 
 
@@ -29,8 +30,13 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     model.save(path / "model.keras")
     model.save(path / "model.h5")
+    model.compile("adam", LOSS)
+    model.save(path / "compiled.keras")
+    model.save(path / "compiled.h5")
     rng = np.random.default_rng(0)
     np.save(path / "x.npy", rng.uniform(size=(5, 6, 5, 1)).astype("float32"))
+    np.save(path / "y.npy", [3, 0, 1, 1, 2])
+    (path / "y.csv").write_text("class\n3\n0\n1\n1\n2\n")
     (path / "pictures").mkdir()
     for n in range(3):
         pixels = rng.integers(0, 256, (6, 5), dtype="uint8")
@@ -121,6 +127,167 @@ def test_jacobian_in_batches_is_the_jacobian(folder, capfd):
     for key, rows in expected.items():
         np.testing.assert_allclose(plain[key], rows, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(np.asarray(group[key]), rows, rtol=1e-4, atol=1e-6)
+
+
+def of_losses(folder, name="model.keras"):
+    """Return the gradients that the commands below are to write."""
+    import perjac as pj
+
+    model = keras.models.load_model(folder / name, compile=False)
+    return pj.Engine(model).gradients(
+        np.load(folder / "x.npy"), np.load(folder / "y.npy"), loss=LOSS
+    )
+
+
+@pytest.mark.parametrize("ending", ["npz", "zarr"])
+def test_gradients_in_batches_are_the_gradients(folder, capfd, ending):
+    import zarr
+
+    out, model = folder / f"g.{ending}", folder / "compiled.keras"
+    status, said, _ = run(
+        capfd, "gradients", model, folder / "x.npy", "--labels", folder / "y.csv", "-o", out,
+        "--batch-size", 2,
+    )  # fmt: skip
+    assert status == 0
+    written = np.load(out) if ending == "npz" else zarr.open_group(str(out), mode="r")
+    grads = of_losses(folder)
+    for key, rows in {**grads, "losses": grads.losses}.items():
+        np.testing.assert_allclose(np.asarray(written[key]), rows, rtol=1e-4, atol=1e-6)
+    facts = written if ending == "npz" else {f"about/{k}": v for k, v in written.attrs.items()}
+    assert str(facts["about/model"]) == str(model)
+    norms = np.asarray(grads.norms())
+    hardest = said.partition("Hardest")[2].splitlines()[1:]
+    assert [int(line.split()[0]) for line in hardest] == list(np.argsort(-norms))
+    assert f"median {np.median(norms):.3g}, largest {norms.max():.3g}" in said
+    assert f"Mean loss: {np.mean(grads.losses):.3g}" in said
+
+
+def test_gradients_keep_norms_or_projections(folder, capfd):
+    out = folder / "kept.npz"
+    named = ["--loss", "sparse_categorical_crossentropy", "--from-logits", "--batch-size", 2]
+    for model, options in [("compiled.h5", []), ("model.keras", named)]:
+        grads = of_losses(folder, model)  # weights are called differently in an .h5
+        arguments = [folder / model, folder / "x.npy", "--labels", folder / "y.npy", "-o", out]
+        status, said, _ = run(capfd, "gradients", *arguments, *options, "--keep", "norms")
+        assert status == 0, said
+        written = np.load(out)
+        np.testing.assert_allclose(written["norms"], grads.norms(), rtol=1e-4)
+        by_layer = grads.norms(per="layer")
+        assert set(written["about/layers"]) == set(by_layer)
+        columns = np.stack([by_layer[str(name)] for name in written["about/layers"]], 1)
+        np.testing.assert_allclose(written["layer_norms"], columns, rtol=1e-4)
+        status, said, _ = run(
+            capfd, "gradients", *arguments, *options, "--keep", "project:7", "--seed", 5,
+            "--kind", "rademacher",
+        )  # fmt: skip
+        assert status == 0, said
+        written = np.load(out)
+        expected = grads.project(7, seed=5, kind="rademacher")
+        np.testing.assert_allclose(written["projection"], expected, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(written["losses"], grads.losses, rtol=1e-4)
+        facts = [written[f"about/{name}"].item() for name in ("dim", "seed", "kind")]
+        assert facts == [7, 5, "rademacher"]
+
+
+def test_gradients_of_pictures_and_of_several_outputs(folder, capfd):
+    np.save(folder / "three.npy", [0, 1, 2])
+    status, said, _ = run(
+        capfd, "gradients", folder / "compiled.keras", folder / "pictures", "--labels",
+        folder / "three.npy", "-o", folder / "p.npz", "--keep", "norms",
+    )  # fmt: skip
+    assert status == 0, said
+    written = np.load(folder / "p.npz")
+    assert list(written["about/names"]) == ["p0.png", "p1.png", "p2.png"]
+    assert f"{written['about/names'][np.argmax(written['norms'])]}  norm" in said
+    inside = keras.Input((30,))
+    heads = {"a": keras.layers.Dense(4, name="a")(inside), "b": keras.layers.Dense(1)(inside)}
+    model = keras.Model(inside, heads)
+    model.compile("sgd", {"a": LOSS, "b": "mse"})
+    model.save(folder / "heads.keras")
+    x = np.load(folder / "x.npy").reshape(5, 30)
+    y = {"a": np.load(folder / "y.npy"), "b": np.arange(5.0)[:, None]}
+    np.save(folder / "flat.npy", x)
+    np.savez(folder / "y.npz", **y)
+    status, said, _ = run(
+        capfd, "gradients", folder / "heads.keras", folder / "flat.npy", "--labels",
+        folder / "y.npz", "-o", folder / "h.npz",
+    )  # fmt: skip
+    assert status == 0, said
+    import perjac as pj
+
+    expected = pj.Engine(model).gradients(x, y)
+    for key, rows in expected.items():
+        np.testing.assert_allclose(np.load(folder / "h.npz")[key], rows, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["npz", "zarr"])
+def test_what_is_finished_is_kept(folder, capfd, ending, monkeypatch):
+    import zarr
+
+    from perjac.gradients import Gradients
+
+    formed = Gradients.__getitem__
+    calls = []
+
+    def interrupted(grads, key):
+        calls.append(key)
+        if len(calls) == 7:  # in the midst of the second batch of four weights
+            raise KeyboardInterrupt
+        return formed(grads, key)
+
+    monkeypatch.setattr(Gradients, "__getitem__", interrupted)
+    out = folder / f"cut.{ending}"
+    status, said, complaint = run(
+        capfd, "gradients", folder / "compiled.keras", folder / "x.npy", "--labels",
+        folder / "y.npy", "-o", out, "--batch-size", 2,
+    )  # fmt: skip
+    assert (status, complaint) == (130, "Interrupted. What was finished is kept.\n")
+    written = np.load(out) if ending == "npz" else zarr.open_group(str(out), mode="r")
+    for key, rows in of_losses(folder).items():
+        assert written[key].shape == (2, *rows.shape[1:])
+
+
+def test_labels_that_do_not_fit_are_one_clean_line_and_status_2(folder, capfd):
+    @keras.saving.register_keras_serializable()
+    class Odd(keras.metrics.Mean):
+        pass
+
+    model = keras.models.load_model(folder / "model.keras", compile=False)
+    model.compile("adam", LOSS, metrics=[Odd()])
+    model.save(folder / "odd.keras")
+    keras.saving.get_custom_objects().clear()
+    (folder / "words.csv").write_text("a,b\n1,2\n3,four\n")
+    np.save(folder / "four.npy", [0, 1, 2, 3])
+    np.save(folder / "text.npy", ["a"] * 5)
+    np.save(folder / "range.npy", [3, 0, 1, 1, 4])
+    np.savez(folder / "lengths.npz", a=np.zeros(5), b=np.zeros(4))
+    sparse = "sparse_categorical_crossentropy"
+    compiled, bare, y = folder / "compiled.keras", folder / "model.keras", folder / "y.npy"
+    for words, (model, labels, *options) in {
+        "Received: 4 in": (compiled, folder / "four.npy"),
+        "There is no file": (compiled, folder / "nowhere.npy"),
+        "labels as .npy, .npz or .csv": (compiled, compiled),
+        "line 3, column 2": (compiled, folder / "words.csv"),
+        "classes counted from 0": (compiled, folder / "text.npy"),
+        "one length": (compiled, folder / "lengths.npz"),
+        "counted from 4 here": (compiled, folder / "range.npy", "--batch-size", 2),
+        "keeps no loss. Name one": (bare, y),
+        f"Nearest: '{sparse}'": (bare, y, "--loss", "sparse_categorical"),
+        "'mse' takes --from-logits": (bare, y, "--loss", "mse", "--from-logits"),
+        "--from-logits goes with --loss": (bare, y, "--from-logits"),
+        "does not take labels of shape": (bare, y, "--loss", "mse"),
+        "full, norms or project:DIM": (compiled, y, "--keep", "project:0"),
+        "gaussian, rademacher, sparse": (compiled, y, "--keep", "project:4", "--kind", "gauss"),
+        "name the loss to leave that out": (folder / "odd.keras", y),
+        "end in .npz or .zarr": (compiled, y, "-o", folder / "g.txt"),
+    }.items():
+        status, _, complaint = run(
+            capfd, "gradients", model, folder / "x.npy", "--labels", labels,
+            "-o", folder / "bad.npz", *options,
+        )  # fmt: skip
+        assert status == 2, words
+        assert words in complaint
+        assert "Traceback" not in complaint
 
 
 def test_bad_input_is_one_clean_line_and_status_2(folder, capfd):

@@ -6,7 +6,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perjac import sketch
 from perjac.combination import combine, join_rows
+from perjac.explanation import Explanation
 from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Way, Zero
 from perjac.layout import Relabelling
 from perjac.patches import Patches
@@ -168,6 +170,79 @@ def test_vjp_agrees_with_dense(kind, seed, sizes):
 def test_diagonal_agrees_with_dense(kind, seed, sizes):
     factor, rows = plain(kind, Draw(seed, sizes))
     close(factor.diagonal(), np.sum(rows**2, (0, 1)))
+
+
+@by_kind
+@SHAPES
+def test_squared_deviations_agree_with_dense(kind, seed, sizes):
+    factor, rows = plain(kind, Draw(seed, sizes))
+    close(factor.squared_deviations(), np.square(rows - rows.mean((0, 1))).sum((0, 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_all_the_same_do_not_deviate(kind):
+    factor = Draw(0, (1, 1, 3, 2, 3, 4)).factor(kind)
+    many = join_rows([{"w": factor}] * 5)["w"]
+    scale = np.max(np.square(factor.dense()))
+    np.testing.assert_allclose(many.squared_deviations(), 0, atol=1e-14 * scale)
+    assert not np.any(np.asarray(factor.squared_deviations()) > 1e-30 * scale)
+
+
+@by_kind
+@SHAPES
+@pytest.mark.parametrize("sketched", sketch.KINDS)
+def test_projections_are_those_of_the_rows(sketched, kind, seed, sizes):
+    factor, rows = plain(kind, Draw(seed, sizes))
+    drawn = sketch.draw({"w": factor.sides}, 6, seed, sketched, tf.float64)["w"]
+    found = factor.project(drawn)
+    lead, laid_out = rows.shape[:2], factor.layout.apply(tf.constant(rows), lead=2).numpy()
+    close(found, Explicit(factor.layout, tf.constant(laid_out)).project(drawn))
+    if len(factor.sides) == 2:
+        matrix = laid_out.reshape(*lead, -1, laid_out.shape[-1])
+        close(found, by_formula(matrix, *(drawn[side] for side in factor.sides)))
+
+
+def by_formula(rows: np.ndarray, left, right) -> np.ndarray:
+    """Project matrices (B, K, I, O): rᵀ J q / √dim; or signed sums of what falls into a bucket."""
+    if isinstance(left, sketch.Normal):
+        products = np.einsum("bkio,im,om->bkm", rows, left.matrix, right.matrix)
+        return products / np.sqrt(products.shape[-1])
+    buckets = np.add.outer(left.buckets.numpy(), right.buckets.numpy()) % left.dim
+    signs = np.multiply.outer(left.signs.numpy(), right.signs.numpy())
+    found = np.zeros((*rows.shape[:2], left.dim))
+    for (i, o), bucket in np.ndenumerate(buckets):
+        found[..., bucket] += signs[i, o] * rows[..., i, o]
+    return found
+
+
+@settings(max_examples=10, deadline=None)
+@SHAPES
+def test_slices_are_the_rows_that_were_looked_up(seed, sizes):
+    factor, rows = plain("lookup", Draw(seed, sizes))
+    ids, found, used = (np.asarray(part) for part in factor.slices())
+    assert used.sum() == len(ids) == len(found)
+    for b, looked_up in enumerate(np.asarray(factor.ids)):
+        own = slice(used[:b].sum(), used[: b + 1].sum())
+        np.testing.assert_array_equal(ids[own], np.unique(looked_up))
+        close(found[own], rows[b].transpose(1, 0, 2)[np.unique(looked_up)])
+
+
+QUESTIONS = ("norms", "clipped_sum", "gram", "diagonal", "variance", "snr", "project", "nothing")
+
+
+@pytest.mark.parametrize("question", [*QUESTIONS, "jvp", "vjp", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_taken_is_told_and_is_the_cheapest(kind, question):
+    for sizes in ((3, 1, 2, 2, 3, 4), (3, 2, 40, 2, 3, 4), (2, 3, 4, 2, 40, 30)):
+        factor = Draw(0, sizes).factor(kind)
+        ways = factor.ways(question)
+        assert all(isinstance(way, Way) and way.multiply_adds >= 0 for way in ways)
+        if question in QUESTIONS:
+            assert ways[0].cost == min(way.cost for way in ways)
+        shown = str(Explanation.of(question, {"the/weight": factor}, 3, 1))
+        line = next(line for line in shown.splitlines() if line.startswith("the/weight"))
+        assert line.split("  ")[2].startswith(ways[0].name)
+        assert all(way.name in line for way in ways[1:])
 
 
 @pytest.mark.parametrize("other", KINDS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from perjac._version import __version__
 
 if TYPE_CHECKING:
-    from perjac import errors, saliency
+    from perjac import callbacks, data, errors, saliency
     from perjac.engine import Engine
     from perjac.errors import PerjacError, PerjacWarning
     from perjac.gradients import Gradients
@@ -28,7 +28,7 @@ _HOME = {
     "activation": "perjac.sources",
     "call": "perjac.inputs",
 }
-_MODULES = {"errors": "perjac.errors", "saliency": "perjac.saliency"}
+_MODULES = {name: f"perjac.{name}" for name in ("callbacks", "data", "errors", "saliency")}
 
 __all__ = [
     "Engine",
@@ -39,6 +39,8 @@ __all__ = [
     "__version__",
     "activation",
     "call",
+    "callbacks",
+    "data",
     "errors",
     "saliency",
 ]

@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Per-example Jacobians and saliency of Keras models.",
+    help="Per-example Jacobians, gradients and saliency of Keras models.",
 )
 
 Model = Annotated[str, typer.Argument(help="A .keras or .h5 file, or a SavedModel.")]
@@ -40,6 +40,8 @@ def main() -> None:
     """Run the command line: 0 done, 1 verification failed, 2 bad input, 130 interrupted."""
     try:
         status = app(standalone_mode=False)
+        if status == 130:  # Typer's own in place of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except (typer.Abort, KeyboardInterrupt):
         status = _stop("Interrupted. What was finished is kept.", 130)
     except (PerjacError, OSError) as problem:
@@ -74,15 +76,19 @@ def _options(
 
 @contextlib.contextmanager
 def _engine(
-    model: str, signature: str | None, log: str | None, allow_code: bool
+    model: str,
+    signature: str | None,
+    log: str | None,
+    allow_code: bool,
+    compiled: bool = False,
 ) -> Iterator[tuple[Screen, Any]]:
-    """Load a model with the screen kept clean."""
+    """Load a model, with its loss if it is to be the one it was compiled with; keep quiet."""
     with quiet(log) as screen:
         from perjac import Engine, files
 
         if allow_code:
             screen.complain("Warning: --allow-code runs the Python code stored in the model file.")
-        yield screen, Engine(files.load_model(model, allow_code, signature))
+        yield screen, Engine(files.load_model(model, allow_code, signature, compiled))
 
 
 def _read(screen: Screen, engine: Any, data: str, raw: bool) -> Any:
@@ -92,6 +98,20 @@ def _read(screen: Screen, engine: Any, data: str, raw: bool) -> Any:
     for note in read.notes:
         screen.say(note)
     return read
+
+
+@contextlib.contextmanager
+def _batch(start: int) -> Iterator[None]:
+    """Have errors say where the batch starts that they count examples in, and what is kept."""
+    try:
+        yield
+    except PerjacError as problem:
+        if start:
+            problem.args = (
+                f"{problem} Examples are counted from {start} here, where their batch starts; "
+                "those before it are written.",
+            )
+        raise
 
 
 def _folder(path: pathlib.Path) -> None:
@@ -172,9 +192,98 @@ def jacobian(
         read = _read(screen, engine, data, raw)
         for start in screen.track(range(0, len(read), batch_size), "Batches"):
             part = read.part(start, start + batch_size)
-            store.add(engine.jacobian(part, wrt=wrt, of=of, outputs=chosen))
+            with _batch(start):
+                store.add(engine.jacobian(part, wrt=wrt, of=of, outputs=chosen))
         store.describe(model=model, wrt=wrt, of=of or "", outputs=outputs or "all")
         screen.say(f"Wrote {len(read)} examples to {out}.")
+
+
+@app.command()
+def gradients(
+    model: Model,
+    data: DataPath,
+    labels: Annotated[str, typer.Option(help=".npy, .npz (by output) or .csv.")],
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="An .npz or .zarr.")],
+    loss: Annotated[
+        str | None, typer.Option(help="A Keras loss, by name; the compiled one by default.")
+    ] = None,
+    from_logits: Annotated[
+        bool, typer.Option("--from-logits", help="The loss takes logits, not probabilities.")
+    ] = False,
+    keep: Annotated[str, typer.Option(help="full, norms, or project:512.")] = "full",
+    seed: Annotated[int, typer.Option(help="Of the projection.")] = 0,
+    kind: Annotated[
+        str, typer.Option(help="Of the projection: gaussian, rademacher or sparse.")
+    ] = "gaussian",
+    batch_size: Batch = 32,
+    raw: Raw = False,
+    signature: Signature = None,
+    allow_code: Code = False,
+    log: Log = None,
+) -> None:
+    """Write the gradient of each example's loss, or its norm or projection."""
+    from perjac.store import opened
+
+    if from_logits and loss is None:
+        raise InputError("--from-logits goes with --loss: name the loss that takes logits.")
+    with _engine(model, signature, log, allow_code, compiled=loss is None) as (screen, engine):
+        from perjac import files
+        from perjac.keep import Keep, Summary
+
+        kept, objective = Keep.read(keep, seed, kind), _loss(engine, model, loss, from_logits)
+        with opened(out) as store:
+            read, y = _read(screen, engine, data, raw), files.load_labels(labels)
+            if len(read) != len(y):
+                raise InputError(
+                    f"Expected a label for each of the {len(read)} examples of {data}. "
+                    f"Received: {len(y)} in {labels}."
+                )
+            summary = Summary(read.names)
+            store.describe(model=model, loss=loss or "compiled", from_logits=from_logits)
+            for start in screen.track(range(0, len(read), batch_size), "Batches"):
+                part, answers = (d.part(start, start + batch_size) for d in (read, y))
+                with _batch(start):
+                    grads = engine.gradients(part, answers, loss=objective)
+                    store.add(kept.arrays(grads))
+                    store.describe(**kept.facts(grads), **read.told(start + batch_size))
+                    summary.add(grads)
+        screen.say(f"Wrote {kept.told} of {len(read)} examples to {out}.")
+        for line in summary.lines():
+            screen.say(line)
+
+
+def _loss(engine: Any, model: str, name: str | None, from_logits: bool) -> Any:
+    """Return the loss that a user means: by its name, taking logits, or the compiled one."""
+    from inspect import signature as signature_of
+
+    import keras
+
+    from perjac.errors import UnknownNameError, nearest
+    from perjac.losses import compiled
+
+    if name is None:
+        try:
+            compiled(engine.model)
+        except InputError:
+            raise InputError(
+                f"{model} keeps no loss. Name one, for example --loss mse, or "
+                "--loss sparse_categorical_crossentropy --from-logits."
+            ) from None
+        return None
+    if not from_logits:
+        return name
+    taking = {
+        name.lower(): kind
+        for name, kind in vars(keras.losses).items()
+        if isinstance(kind, type) and "from_logits" in signature_of(kind).parameters
+    }
+    kind = taking.get(name.lower().replace("_", ""))
+    if kind is None:
+        known = [fn for fn in vars(keras.losses) if fn.islower() and fn.replace("_", "") in taking]
+        raise UnknownNameError(
+            f"No Keras loss {name!r} takes --from-logits. {nearest(name, known)}"
+        )
+    return kind(from_logits=True)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from perjac.factors import Factor
 from perjac.gradients import Gradients
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
-from perjac.losses import Objective, compiled
+from perjac.losses import Objective, at_least_float32, compiled
 from perjac.naming import Names
 from perjac.normalise import flatten, normalise
 from perjac.shapes import known
@@ -267,7 +267,8 @@ class Engine:
             loss_weights = weights if loss_weights is None else loss_weights
         objective = self._objective(Objective(loss, loss_weights, class_weight))
         given = self._prepare(x)
-        batch = inputs.beside(given, self._floating(), y=y, sample_weight=sample_weight)
+        wide = at_least_float32(self._floating())
+        batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
         self._check_loss(objective, given, batch)
         losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
         return Gradients(
@@ -424,7 +425,7 @@ class Engine:
             return
         self._doubted.add(objective.key)
         few = x.first(32)
-        doubt = objective.doubts(lambda head: self._outputs(few, head))
+        doubt = objective.doubts(batch.packed[1], lambda head: self._outputs(few, head))
         if doubt:
             warnings.warn(doubt, LossWarning, stacklevel=3)
 

@@ -43,10 +43,12 @@ class Explanation:
     batch_size: int
 
     @classmethod
-    def of(cls, question: str, factors: Mapping[str, Factor], batch_size: int) -> Explanation:
+    def of(
+        cls, question: str, factors: Mapping[str, Factor], batch_size: int, dim: int
+    ) -> Explanation:
         """Return the table for some factors."""
         rows = [
-            Reason(key, _described(factor), tuple(factor.ways(question)))
+            Reason(key, _described(factor), tuple(factor.ways(question, dim)))
             for key, factor in factors.items()
         ]
         return cls(question, rows, batch_size)

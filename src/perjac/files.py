@@ -36,6 +36,11 @@ class Data:
     def __len__(self) -> int:
         return len(self.names)
 
+    def told(self, count: int) -> dict[str, list[str]]:
+        """Return the first names, where they are more than numbers, as a fact to write down."""
+        numbers = self.names[0] == "0"
+        return {} if numbers else {"names": self.names[:count]}
+
     def part(self, start: int, stop: int) -> Any:
         """Return the inputs of some of the examples."""
         if isinstance(self.inputs, dict):
@@ -44,7 +49,10 @@ class Data:
 
 
 def load_model(
-    path: str | pathlib.Path, allow_code: bool = False, signature: str | None = None
+    path: str | pathlib.Path,
+    allow_code: bool = False,
+    signature: str | None = None,
+    compiled: bool = False,
 ) -> Any:
     """Load a model, without running Python code from the file unless allowed.
 
@@ -57,6 +65,8 @@ def load_model(
         anything that you can.
     signature : str, optional
         Which function of a SavedModel.
+    compiled : bool
+        Whether to load what the model was compiled with, its loss, too.
 
     Raises
     ------
@@ -76,12 +86,25 @@ def load_model(
         raise FileFormatError(
             f"Expected a .keras or .h5 file, or a SavedModel's folder. Received: {path}."
         )
+    try:
+        return _keras_model(path, allow_code, compiled)
+    except FileFormatError as failure:
+        if not compiled:
+            raise
+        _keras_model(path, allow_code, compiled=False)
+        raise FileFormatError(  # the model alone can be read
+            f"{failure} The fault lies in what it was compiled with: name the loss to leave that "
+            "out, for example --loss mse."
+        ) from failure
+
+
+def _keras_model(path: pathlib.Path, allow_code: bool, compiled: bool) -> Any:
     import keras
 
     try:
-        return keras.models.load_model(path, compile=False, safe_mode=not allow_code)
+        return keras.models.load_model(path, compile=compiled, safe_mode=not allow_code)
     except Exception as failure:  # Keras raises whatever its readers stumble over
-        text = str(failure).strip().splitlines()
+        text = str(failure).partition(" Full object config")[0].strip().splitlines()
         hint = ""
         if "safe" in str(failure).lower() and "lambda" in str(failure).lower():
             hint = " If you trust the file, --allow-code runs the Python code stored in it."
@@ -115,16 +138,76 @@ def load_data(path: str | pathlib.Path, expected: Any = (), scale: float = 1 / 2
     kind = path.suffix.lower()
     if kind in _IMAGES:
         return _images([path], path, expected, scale)
-    readers = {".npy": _npy, ".npz": _npz, ".csv": _csv}
-    if kind not in readers:
+    if kind not in _READERS:
         raise FileFormatError(
             f"Expected .npy, .npz, .csv, an image or a folder of images. Received: {path}."
         )
-    inputs = readers[kind](path)
-    first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-    if first.ndim == 0 or len(first) == 0:
-        raise FileFormatError(f"{path} holds no examples: its shape is {first.shape}.")
-    return Data(inputs, [str(n) for n in range(len(first))], [])
+    inputs = _READERS[kind](path)
+    return Data(inputs, _numbered(inputs, path, "examples"), [])
+
+
+def load_labels(path: str | pathlib.Path) -> Data:
+    r"""Read the labels of a batch of examples.
+
+    Parameters
+    ----------
+    path : str or Path
+        An .npy or .npz file, or a .csv of numbers with or without a header. The arrays of an .npz
+        are those of a model's outputs, by name; of a single column, labels are (N,).
+
+    Returns
+    -------
+    Data
+        Its `inputs` are the labels: an array, or a dict of these. Whole numbers of a .csv are
+        integers.
+
+    Raises
+    ------
+    FileFormatError
+        If the file cannot be read, or holds no numbers.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from perjac import files
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "y.csv")
+    >>> _ = path.write_text("digit\n3\n1\n")
+    >>> files.load_labels(path).inputs
+    array([3, 1])
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"There is no file {path}.")
+    kind = path.suffix.lower()
+    if kind not in _READERS:
+        raise FileFormatError(f"Expected labels as .npy, .npz or .csv. Received: {path}.")
+    labels = _csv_labels(path) if kind == ".csv" else _READERS[kind](path)
+    for array in labels.values() if isinstance(labels, dict) else [labels]:
+        if array.dtype.kind not in "biuf":
+            raise FileFormatError(
+                f"Expected labels as numbers, classes counted from 0. {path} holds {array.dtype}."
+            )
+    return Data(labels, _numbered(labels, path, "labels"), [])
+
+
+def _csv_labels(path: pathlib.Path) -> np.ndarray:
+    labels = _csv(path, "float64")
+    if np.isfinite(labels).all() and (labels == np.rint(labels)).all():
+        labels = labels.astype("int64")
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+
+def _numbered(arrays: Any, path: pathlib.Path, what: str) -> list[str]:
+    """Return the number of each example, after a look at the arrays' lengths."""
+    named = arrays if isinstance(arrays, dict) else {"": arrays}
+    for name, array in named.items():
+        if array.ndim == 0 or len(array) == 0:
+            where = f"{path}, {name!r}," if name else path
+            raise FileFormatError(f"{where} holds no {what}: its shape is {array.shape}.")
+    lengths = {name: len(array) for name, array in named.items()}
+    if len(set(lengths.values())) > 1:
+        raise FileFormatError(f"Expected arrays of one length. {path} holds {lengths}.")
+    return [str(n) for n in range(next(iter(lengths.values())))]
 
 
 def _npy(path: pathlib.Path) -> np.ndarray:
@@ -145,7 +228,7 @@ def _npz(path: pathlib.Path) -> Any:
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
-def _csv(path: pathlib.Path) -> np.ndarray:
+def _csv(path: pathlib.Path, dtype: str = "float32") -> np.ndarray:
     rows: list[list[float]] = []
     with path.open(newline="", encoding="utf-8-sig") as file:
         for line, cells in enumerate(csv.reader(file), 1):
@@ -165,7 +248,10 @@ def _csv(path: pathlib.Path) -> np.ndarray:
                     f"{path}, line {line}: {len(rows[-1])} numbers, where the first row has "
                     f"{len(rows[0])}."
                 )
-    return np.array(rows, "float32")
+    return np.array(rows, dtype)
+
+
+_READERS = {".npy": _npy, ".npz": _npz, ".csv": _csv}
 
 
 def _is_number(cell: str) -> bool:

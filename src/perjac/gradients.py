@@ -148,31 +148,30 @@ class Gradients(Rows):
         Parameters
         ----------
         key : str or variable
-            A weight that is looked up by ids, such as an embedding.
+            A weight, such as an embedding: one that is only looked up by ids is never formed.
 
         Returns
         -------
         ids : tf.RaggedTensor
-            (B, n_b), increasing: the rows of the table that example b looked up.
+            (B, n_b), increasing: rows of the table.
         rows : tf.RaggedTensor
             (B, n_b, D): their gradients. All other rows of the table are zero.
-
-        Raises
-        ------
-        InputError
-            If the weight is used in another way too: its gradient has no rows left out.
         """
         source = self._find(key)
         factor = self._factors[source.key]
-        if not isinstance(factor, Lookup):
-            raise InputError(
-                f"{source.key!r} is no table that is only looked up by ids "
-                f"({type(factor).__name__}): use grads[{source.key!r}]."
-            )
-        ids, rows, used = query(_sliced)(factor)
-        return (
-            tf.RaggedTensor.from_row_lengths(ids, used),
-            tf.RaggedTensor.from_row_lengths(tf.cast(rows, source.dtype), used),
+        if not source.shape:
+            raise InputError(f"{source.key!r} is a single number: it has no rows.")
+        if isinstance(factor, Lookup):
+            ids, rows, used = query(_sliced)(factor)
+            rows = tf.cast(rows, source.dtype)
+        else:  # in another way too, or of a table that is smaller than what was looked up
+            rows = self[source.key]
+            found = tf.reduce_any(tf.not_equal(rows, 0), list(range(2, rows.shape.rank)))
+            ids, used = tf.where(found)[:, 1], tf.math.count_nonzero(found, 1)
+            rows = tf.boolean_mask(rows, found)
+        ids = tf.cast(ids, tf.int64)
+        return tf.RaggedTensor.from_row_lengths(ids, used), tf.RaggedTensor.from_row_lengths(
+            rows, used
         )
 
     def _some(self, least: int) -> int:
@@ -215,8 +214,9 @@ def _clipped(
 ) -> dict[str, tf.Tensor]:
     found = norms(factors, per)
     found = found if per else {"": found}
-    kept = {  # min(1, c / ‖g‖), which is 1 for a gradient of zero
-        group: limits[group] / tf.maximum(norm, limits[group]) for group, norm in found.items()
+    kept = {  # min(1, c / ‖g‖), also where g is zero, or c beyond the type's range
+        group: tf.where(norm <= limits[group], tf.ones_like(norm), limits[group] / norm)
+        for group, norm in found.items()
     }
     return {key: factor.vjp(kept[group_of(key, per)][:, None]) for key, factor in factors.items()}
 

@@ -6,6 +6,7 @@ A Relabelling is linear and loses nothing, so it carries vectors forth and Jacob
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -73,15 +74,25 @@ class Relabelling:
     def pieces(self) -> list[tuple[Piece, ...]]:
         """Return which pieces of the weight's axes each target axis runs over, in C order.
 
-        A piece is (axis, length, stride): a whole axis has stride 1; a reshape may split one.
+        A piece is (axis, length, stride): a whole axis has stride 1; a reshape may split one. Where
+        a reshape cuts across axes, a target axis is a piece of its own, its number negative.
         """
         axes: list[tuple[Piece, ...]] = [((n, size, 1),) for n, size in enumerate(self.shape)]
         for kind, _, after in self.steps:
             if kind == "transpose":
                 axes = [axes[a] for a in after]
             else:
-                axes = _regrouped([p for axis in axes for p in axis if p[1] != 1], after)
+                try:
+                    axes = _regrouped([p for axis in axes for p in axis if p[1] != 1], after)
+                except ValueError:
+                    return self._own_pieces()
         return [tuple(p for p in axis if p[1] != 1) for axis in axes]
+
+    def _own_pieces(self) -> list[tuple[Piece, ...]]:
+        """Return a piece for each target axis that no other chain of steps has."""
+        digest = hashlib.blake2b(repr(self.steps).encode(), digest_size=6).digest()
+        first = int.from_bytes(digest) * len(self.target) + 1
+        return [((-first - n, size, 1),) if size > 1 else () for n, size in enumerate(self.target)]
 
 
 def _regrouped(pieces: list[Piece], lengths: Sequence[int]) -> list[tuple[Piece, ...]]:
@@ -93,9 +104,9 @@ def _regrouped(pieces: list[Piece], lengths: Sequence[int]) -> list[tuple[Piece,
         while (have := math.prod(p[1] for p in mine)) < length:
             axis, size, stride = left.pop(0)
             need = length // have
+            if length % have or (size > need and size % need):
+                raise ValueError(f"{pieces} do not fall into axes of {tuple(lengths)}")
             if size > need:
-                if size % need:
-                    raise ValueError(f"{pieces} do not fall into axes of {tuple(lengths)}")
                 left.insert(0, (axis, size // need, stride))
                 stride, size = stride * (size // need), need
             mine.append((axis, size, stride))

@@ -1,7 +1,7 @@
 """Losses → one number for each example: Keras's reduction undone, weights and masks applied.
 
-The loss of an example is what Keras computes for a batch of that example alone. Knows Keras losses
-and a model's outputs; must not know how anything is differentiated.
+The loss of an example is what Keras computes for a batch of that example alone, times the weight of
+the example. Knows Keras losses and a model's outputs; must not know how anything is differentiated.
 """
 
 from __future__ import annotations
@@ -16,37 +16,54 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import host
-from perjac.errors import InputError, OutOfRangeError, UnknownNameError, nearest
+from perjac.errors import (
+    ExamplesMeetError,
+    InputError,
+    OutOfRangeError,
+    UnknownNameError,
+    nearest,
+)
+from perjac.reduction import reduced
+from perjac.shapes import shown
 
-_SPARSE = "sparse_categorical_crossentropy"
-# Losses of probabilities, unless they are told from_logits=True.
-_OF_PROBABILITIES = {
+# Keras losses whose labels are numbers of classes,
+_SPARSE = ("sparse_categorical_crossentropy", "categorical_generalized_cross_entropy")
+# whose labels have other axes than the outputs,
+_OF_OTHER_AXES = (*_SPARSE, "ctc")
+# which see whether all labels are 0 or 1, and take those for -1 and 1,
+_HINGES = ("hinge", "squared_hinge")
+# and which take the outputs for probabilities, unless they are told from_logits=True.
+_OF_PROBABILITIES = (
     "binary_crossentropy", "binary_focal_crossentropy", "categorical_crossentropy",
-    "categorical_focal_crossentropy", _SPARSE,
-}  # fmt: skip
+    "categorical_focal_crossentropy", *_SPARSE,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """The loss of one head: `head` is None for a function of all outputs together."""
+    """The loss of one head.
+
+    Attributes
+    ----------
+    head : str or None
+        None for a function of all outputs together.
+    loss : keras.Loss or callable
+        A callable takes (y, output) to (B,).
+    weight : float
+        What it is multiplied by.
+    classes : int or None
+        How many classes the head has, where labels are numbers of classes.
+    """
 
     head: str | None
-    loss: Any  # a keras.Loss, or a callable (y, output) -> (B,)
+    loss: Any
     weight: float = 1.0
+    classes: int | None = None
 
     @property
     def name(self) -> str:
         """The loss as a user calls it."""
-        fn = getattr(self.loss, "fn", self.loss)
-        return getattr(fn, "__name__", type(fn).__name__)
-
-    @property
-    def wants_probabilities(self) -> bool:
-        """Whether it takes the outputs for probabilities."""
-        return self.name in _OF_PROBABILITIES and not self._given("from_logits")
-
-    def _given(self, option: str) -> Any:
-        return getattr(self.loss, option, None) or getattr(self.loss, "_fn_kwargs", {}).get(option)
+        return _name(self.loss)
 
 
 class Objective:
@@ -72,8 +89,8 @@ class Objective:
     ):
         self._loss, self._loss_weights = loss, loss_weights
         self._class_weight = _classes(class_weight)
-        self._classes: dict[str, int] = {}  # of sparse labels, by head; known once traced
-        self._terms: list[Term] = []
+        self._heads: list[str] = []
+        self._terms: dict[Any, list[Term]] = {}  # by the shapes of the labels, once traced
         weights = json.dumps(loss_weights, sort_keys=True, default=str)
         self.key = (_identity(loss), weights, tuple(self._class_weight.items()))
 
@@ -91,54 +108,60 @@ class Objective:
         y, sample_weight : nested structure of tensors
             One for each head that has a loss, by name or in order; () for nothing.
         """
-        self._terms = self._resolve(heads, y)
-        named = [term.head for term in self._terms]
-        labels = self._labels(y)
-        weights = {} if sample_weight == () else _by_head(sample_weight, named, "sample_weight")
-        total = [
-            term.weight
-            * self._of_each(
-                term,
-                outputs if term.head is None else heads[term.head],
-                labels.get(term.head, ()),
-                weights.get(term.head),
+        self._heads = list(heads)
+        if self._class_weight and len(heads) > 1:
+            raise InputError(
+                f"class_weight is for models of one output. This one has {self._heads}: give "
+                "sample_weight for each."
             )
-            for term in self._terms
+        terms = self._terms[_shapes(y)] = self._resolved(heads, y)
+        if terms[0].head is None:
+            output = outputs if len(heads) > 1 else heads[self._heads[0]]
+            return self._of_each(terms[0], output, y, _only(sample_weight, "sample_weight"))
+        labels = self._dealt(y, terms, "y")
+        weights = self._dealt(sample_weight, terms, "sample_weight")
+        each = [
+            self._of_each(term, heads[name], labels.get(name, ()), weights.get(name))
+            for name, term in ((str(term.head), term) for term in terms)
         ]
-        widest = max((t.dtype for t in total), key=lambda dtype: dtype.size)
-        return tf.add_n([tf.cast(t, widest) for t in total])
+        widest = max((losses.dtype for losses in each), key=lambda dtype: dtype.size)
+        return tf.add_n([tf.cast(losses, widest) for losses in each])
 
     def check_labels(self, y: Any) -> None:
-        """Raise for labels of sparse losses that name a class that the output does not have."""
-        labels = self._labels(y)
-        for term in self._terms:
-            count = self._classes.get(term.head or "")
-            if count is None:
+        """Raise for labels that are numbers of classes that the outputs do not have."""
+        terms = self._terms[_shapes(y)]
+        for term in terms:
+            if term.classes is None:
                 continue
-            given = np.asarray(labels[term.head])
-            ignored = getattr(term.loss, "ignore_class", None)
-            wrong = (given < 0) | (given >= count)
-            wrong &= given != ignored if ignored is not None else True
-            if wrong.any():
-                place = np.argwhere(wrong)[0]
+            given = np.asarray(self._dealt(y, terms, "y")[term.head])
+            fine = (given >= 0) & (given < term.classes)
+            ignored = host.loss_options(term.loss).get("ignore_class")
+            fine |= given == ignored if ignored is not None else False
+            if not fine.all():
+                place = np.argwhere(~fine)[0]
                 raise OutOfRangeError(
                     f"Label {given[tuple(place)]:g} of example {place[0]} is out of range: the "
-                    f"output {term.head!r} has {count} classes, 0 to {count - 1}."
+                    f"output {term.head!r} has {term.classes} classes, 0 to {term.classes - 1}."
                 )
 
-    def doubts(self, outputs: Callable[[str], tf.Tensor]) -> str:
+    def doubts(self, y: Any, outputs: Callable[[str], tf.Tensor]) -> str:
         """Return what is odd about outputs that a loss takes for probabilities, or nothing.
 
         `outputs` takes a head's name to some of its outputs.
         """
-        for term in self._terms:
-            if not term.wants_probabilities or term.head is None:
+        for term in self._terms[_shapes(y)]:
+            options = host.loss_options(term.loss)
+            if (
+                term.head is None
+                or term.name not in _OF_PROBABILITIES
+                or options.get("from_logits")
+            ):
                 continue
             p = np.asarray(outputs(term.head), "float64")
             if not p.size or not np.isfinite(p).all():
                 continue
-            whole = "binary" in term.name or np.allclose(p.sum(-1), 1, atol=1e-2)
-            if p.min() < 0 or p.max() > 1 + 1e-3 or not whole:
+            sums = 1 if "binary" in term.name else p.sum(-1)
+            if p.min() < 0 or p.max() > 1 + 1e-3 or not np.allclose(sums, 1, atol=1e-2):
                 return (
                     f"The loss {term.name!r} takes the output {term.head!r} for probabilities, but "
                     f"they range from {p.min():.3g} to {p.max():.3g}. If these are logits, give "
@@ -147,51 +170,48 @@ class Objective:
                 )
         return ""
 
-    def _labels(self, y: Any) -> dict[str | None, Any]:
-        """Return the labels of each term's head; all of them for a function of all outputs."""
-        named = [term.head for term in self._terms]
-        return {None: y} if None in named else _by_head(y, named, "y")
-
-    def _resolve(self, heads: Mapping[str, tf.Tensor], y: Any) -> list[Term]:
-        """Return the loss of each head."""
-        names, loss = list(heads), self._loss
-        if not _is_nested(loss):
-            found = _resolved(loss, heads[names[0]], tf.nest.flatten(y)[:1])
-            if not isinstance(found, keras.losses.Loss) and len(names) > 1:
-                return [Term(None, found, _weight(self._loss_weights, None, 0))]
-            loss = [loss] * len(names)
-        given = _by_head(loss, names, "loss")
-        labels = _by_head(y, [n for n in names if given.get(n) is not None], "y")
+    def _resolved(self, heads: Mapping[str, tf.Tensor], y: Any) -> list[Term]:
+        """Return the losses of the heads that have one."""
+        losses = self._loss
+        if not _is_nested(losses):
+            if _is_function(losses):
+                weight = _only(self._loss_weights, "loss_weights")
+                return [Term(None, losses, 1.0 if weight is None else float(weight))]
+            losses = dict.fromkeys(heads, losses)
+        given = _by_name(losses, self._heads, self._heads, "loss")
+        names = [name for name in self._heads if given.get(name) is not None]
+        if not names:
+            raise InputError(f"No output has a loss. There are {self._heads}.")
+        labels = _by_name(y, names, self._heads, "y")
+        weights = _by_name(self._loss_weights, names, self._heads, "loss_weights")
         return [
-            Term(
-                name,
-                _resolved(given[name], heads[name], tf.nest.flatten(labels.get(name, ()))[:1]),
-                _weight(self._loss_weights, name, n),
-            )
-            for n, name in enumerate(names)
-            if given.get(name) is not None
+            _term(name, given[name], heads[name], labels.get(name, ()), weights.get(name))
+            for name in names
         ]
 
+    def _dealt(self, given: Any, terms: Sequence[Term], what: str) -> dict[Any, Any]:
+        return _by_name(given, [str(term.head) for term in terms], self._heads, what)
+
     def _of_each(self, term: Term, output: Any, y: Any, weight: Any) -> tf.Tensor:
-        """Return one head's loss of each example, (B,), weighted."""
+        """Return one term of each example, (B,), weighted."""
         if isinstance(term.loss, keras.losses.Loss):
-            dtype = output.dtype if output.dtype.size >= 4 else tf.float32
-            values, valid = _called(term.loss, y, output, dtype)
-            if term.name == _SPARSE:
-                self._classes[term.head or ""] = int(output.shape[-1] or 0)
+            values, masks = _called(term.loss, y, output)
         else:
-            values, valid = _plain(term, y, output), None
+            values, masks = _plain(term, y, output), []
         if self._class_weight:
             values *= tf.cast(self._weights_of(y, output, values), values.dtype)
-        if weight is not None:
-            weight = tf.cast(weight, values.dtype)
-        how = getattr(term.loss, "reduction", "sum_over_batch_size")
-        return _reduced(values, valid, weight, how)
+        how = getattr(term.loss, "reduction", "mean")
+        return term.weight * reduced(values, masks, weight, how)
 
     def _weights_of(self, y: tf.Tensor, output: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         """Return the weight of each label's class, shaped like the losses (B, ...)."""
-        if y.shape.rank == output.shape.rank and output.shape[-1] != 1:
+        if y.shape.rank == output.shape.rank and y.shape[-1] not in (1, None):
             y = tf.argmax(y, -1)  # one-hot
+        if y.shape[1:].num_elements() != values.shape[1:].num_elements():
+            raise InputError(
+                f"class_weight does not fit labels of shape {shown(y)} beside losses of shape "
+                f"{shown(values)}: give sample_weight."
+            )
         y = tf.cast(tf.round(y) if y.dtype.is_floating else y, tf.int32)
         y = tf.reshape(y, tf.shape(values))
         weights = tf.ones_like(values)
@@ -202,6 +222,9 @@ class Objective:
 
 def compiled(model: Any) -> tuple[Any, Any]:
     """Return (loss, loss_weights) that a Keras model was compiled with.
+
+    Functions are wrapped as `model.compile` does, which brings labels to the outputs' type and
+    leaves out what is masked.
 
     Raises
     ------
@@ -214,31 +237,70 @@ def compiled(model: Any) -> tuple[Any, Any]:
             "The model is not compiled with a loss, and none is given. Name one, for example "
             'loss="mse", or compile the model.'
         )
-    return found
+    return _wrapped(found[0]), found[1]
 
 
-def _called(
-    loss: keras.losses.Loss, y: Any, output: tf.Tensor, dtype: tf.DType
-) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """Return a Keras loss of every position, (B, ...), and which positions count."""
-    mask = getattr(output, "_keras_mask", None)
-    if isinstance(y, tuple) and y == ():
-        raise InputError(f"The loss {loss.name!r} needs labels: give y.")
-    wide, labels = tf.cast(output, dtype), tf.cast(y, dtype)
+def at_least_float32(dtype: Any) -> Any:
+    """Return a floating type that losses may be computed in: half precision is too coarse."""
+    return tf.float32 if dtype is not None and dtype.size < 4 else dtype
+
+
+def _wrapped(loss: Any) -> Any:
+    if _is_function(loss):
+        return host.wrapped_loss(loss)
+    if isinstance(loss, Mapping) and _is_nested(loss):
+        return {head: _wrapped(own) for head, own in loss.items()}
+    return [_wrapped(own) for own in loss] if _is_nested(loss) else loss
+
+
+def _term(head: str, loss: Any, output: tf.Tensor, y: Any, weight: Any) -> Term:
+    loss = _loss(loss, output, y)
+    classes = output.shape[-1] if _name(loss) in _SPARSE else None
+    return Term(head, loss, 1.0 if weight is None else float(weight), classes)
+
+
+def _called(loss: keras.losses.Loss, y: Any, output: tf.Tensor) -> tuple[tf.Tensor, list]:
+    """Return a Keras loss of every position, (B, ...), and the masks of those that count."""
+    if _is_nothing(y):
+        raise InputError(f"The loss {_name(loss)!r} needs labels: give y.")
+    if _name(loss) == "circle":
+        raise ExamplesMeetError(
+            "The loss 'circle' compares examples with one another, so an example has none by "
+            "itself. Choose another loss."
+        )
+    dtype = at_least_float32(output.dtype)
+    wide, labels = tf.cast(output, dtype), _labels(loss, tf.cast(y, dtype), output)
     try:
         values = tf.convert_to_tensor(loss.call(labels, wide))
         if values.shape.rank == 0:  # it reduces the whole batch by itself, as Dice does
             values = _one_by_one(loss, labels, wide)
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as failure:
-        raise InputError(
-            f"The loss {loss.name!r} does not take labels of shape {_shown(labels)} beside an "
-            f"output of shape {_shown(output)}: {_first_line(failure)}"
-        ) from failure
-    own = getattr(values, "_keras_mask", None)
-    masks = [tf.cast(m, tf.bool) for m in (mask, own) if m is not None]
-    if len(masks) == 2 and masks[0].shape.rank == masks[1].shape.rank:
-        return values, masks[0] & masks[1]
-    return values, masks[-1] if masks else None
+        raise _misfit(loss, y, output, _first_line(failure)) from failure
+    masks = [host.mask_of(output), host.mask_of(values)]
+    return values, [mask for mask in masks if mask is not None]
+
+
+def _labels(loss: keras.losses.Loss, y: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+    """Return labels with which a loss of a whole batch keeps the examples apart."""
+    name, (mine, theirs) = _name(loss), (y.shape.rank, output.shape.rank)
+    if name in _SPARSE and mine == theirs and y.shape[-1] == 1:
+        return tf.squeeze(y, -1)
+    ours = getattr(loss, "fn", loss).__module__.startswith("keras.")
+    if ours and name not in _OF_OTHER_AXES:
+        longer = y if mine > theirs else output
+        if mine != theirs and (abs(mine - theirs) > 1 or longer.shape[-1] != 1):
+            raise _misfit(loss, y, output, "one of them has an axis more")
+    if name in _HINGES:
+        binary = tf.reduce_all((y == 0) | (y == 1), list(range(1, mine)), keepdims=True)
+        return tf.where(binary, 2 * y - 1, y)
+    return y
+
+
+def _misfit(loss: keras.losses.Loss, y: tf.Tensor, output: tf.Tensor, why: str) -> InputError:
+    return InputError(
+        f"The loss {_name(loss)!r} does not take labels of shape {shown(y)} beside an output of "
+        f"shape {shown(output)}: {why}"
+    )
 
 
 def _one_by_one(loss: keras.losses.Loss, y: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
@@ -248,7 +310,8 @@ def _one_by_one(loss: keras.losses.Loss, y: tf.Tensor, output: tf.Tensor) -> tf.
 
 def _plain(term: Term, y: Any, output: Any) -> tf.Tensor:
     """Call the user's own function (y, output) -> (B,)."""
-    values = tf.convert_to_tensor(term.loss(None if y == () else y, output))
+    output = tf.nest.map_structure(lambda t: tf.cast(t, at_least_float32(t.dtype)), output)
+    values = tf.convert_to_tensor(term.loss(None if _is_nothing(y) else y, output))
     if values.shape.rank == 0:
         raise InputError(
             f"The loss {term.name!r} returns a single number for the whole batch. Return one for "
@@ -257,127 +320,73 @@ def _plain(term: Term, y: Any, output: Any) -> tf.Tensor:
     return values
 
 
-def _reduced(
-    values: tf.Tensor, valid: tf.Tensor | None, weight: tf.Tensor | None, how: str | None
-) -> tf.Tensor:
-    """Reduce the losses of the positions (B, ...) as Keras would for a batch of one, to (B,).
-
-    "sum" and None add them up; the means divide by the number of positions, of valid ones under a
-    mask; "mean_with_sample_weight" by the weights along the positions. A weight of a whole example
-    multiplies its loss.
-    """
-    own = None
-    if weight is not None:
-        weight = _lined_up(weight, values)
-        if all(n == 1 for n in weight.shape[1:]):
-            own, weight = tf.reshape(weight, [-1]), None
-    counted = tf.ones_like(values)
-    if valid is not None:
-        counted *= tf.cast(_lined_up(valid, values), values.dtype)
-    weighted = counted if weight is None else counted * weight
-    # What does not count may be NaN, which times zero is NaN.
-    losses = tf.where(tf.equal(weighted, 0), tf.zeros_like(values), values * weighted)
-    axes = list(range(1, values.shape.rank))
-    total = tf.reduce_sum(losses, axes)
-    if axes and how not in ("sum", "none", None):
-        over = weighted if how == "mean_with_sample_weight" else counted
-        total = tf.math.divide_no_nan(total, tf.reduce_sum(over, axes))
-    return total if own is None else total * own
-
-
-def _lined_up(weight: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Give a weight or mask (B, ...) the rank of the losses, its axes from the left."""
-    rank, wanted = weight.shape.rank, values.shape.rank
-    while rank > wanted and weight.shape[-1] == 1:
-        weight, rank = tf.squeeze(weight, -1), rank - 1
-    if rank > wanted:
-        raise InputError(
-            f"sample_weight of shape {_shown(weight)} has more axes than the losses, "
-            f"{_shown(values)}."
-        )
-    for axis in range(1, rank):
-        if weight.shape[axis] not in (1, values.shape[axis]):
-            raise InputError(
-                f"sample_weight of shape {_shown(weight)} does not fit losses of shape "
-                f"{_shown(values)}."
-            )
-    for _ in range(wanted - rank):
-        weight = tf.expand_dims(weight, -1)
-    return weight
-
-
-def _resolved(loss: Any, output: tf.Tensor, labels: Sequence[tf.Tensor]) -> Any:
+def _loss(loss: Any, output: tf.Tensor, y: Any) -> Any:
     """Return a Keras loss, or the user's own function."""
+    found: Any
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
-        loss = _crossentropy(output, labels)
+        loss = _crossentropy(output, y)
     if isinstance(loss, str) or (isinstance(loss, Mapping) and "class_name" in loss):
         try:
-            loss = keras.losses.get(loss)
-        except ValueError as failure:
-            known = [n for n in dir(keras.losses) if n.islower() and not n.startswith("_")]
+            found = keras.losses.get(loss)
+        except (ValueError, TypeError) as failure:
+            known = [n for n, kind in vars(keras.losses).items() if callable(kind)]
             raise UnknownNameError(
                 f"There is no Keras loss {loss!r}. {nearest(str(loss), known)}"
             ) from failure
-    if isinstance(loss, type) and issubclass(loss, keras.losses.Loss):
-        loss = loss()
-    if isinstance(loss, keras.losses.Loss):
-        return loss
-    if not callable(loss):
-        raise InputError(
-            "Expected loss= as a Keras loss, its name, or a callable (y, output) -> (B,). "
-            f"Received: {loss!r}."
-        )
-    ours = getattr(loss, "__module__", "") or ""
-    return host.wrapped_loss(loss) if ours.startswith("keras.") else loss
+    else:
+        found = loss() if isinstance(loss, type) else loss
+    if isinstance(found, keras.losses.Loss) or _is_function(found):
+        return found
+    return host.wrapped_loss(found)
 
 
-def _crossentropy(output: tf.Tensor, labels: Sequence[tf.Tensor]) -> str:
+def _crossentropy(output: tf.Tensor, y: Any) -> str:
     """Return which cross-entropy Keras takes "crossentropy" for."""
-    if output.shape[-1] == 1:
+    if output.shape.rank == 1 or output.shape[-1] == 1:
         return "binary_crossentropy"
-    sparse = bool(labels) and (
-        labels[0].shape.rank < output.shape.rank  # type: ignore[operator]
-        or labels[0].shape[-1] == 1
-    )
-    return _SPARSE if sparse else "categorical_crossentropy"
+    if _is_nothing(y) or (y.shape.rank == output.shape.rank and y.shape[-1] != 1):
+        return "categorical_crossentropy"
+    return "sparse_categorical_crossentropy"
 
 
-def _by_head(given: Any, names: Sequence[Any], what: str) -> dict[Any, Any]:
-    """Return what was given for each head: a mapping by name, a list in order, or one for one."""
+def _by_name(given: Any, wanted: Sequence[str], heads: Sequence[str], what: str) -> dict[str, Any]:
+    """Return what was given for the wanted heads: by name, in order, or one for each."""
+    if _is_nothing(given):
+        return {}
     if isinstance(given, Mapping):
-        unknown = [key for key in given if key not in names]
-        if unknown and what == "loss":
+        unknown = [name for name in given if name not in heads]
+        if unknown:
             raise UnknownNameError(
-                f"There is no output {unknown[0]!r} for a loss. {nearest(str(unknown[0]), names)}"
+                f"There is no output {unknown[0]!r}, which {what} has something for. "
+                f"{nearest(str(unknown[0]), heads)}"
             )
-        missing = [name for name in names if name not in given]
+        missing = [name for name in wanted if name not in given]
         if missing and what == "y":
             raise InputError(f"y has nothing for the output {missing[0]!r}. It has {list(given)}.")
-        return dict(given)
-    if isinstance(given, (list, tuple)) and len(names) > 1:
-        if len(given) != len(names):
-            raise InputError(
-                f"Expected {what} for {len(names)} outputs ({', '.join(map(str, names))}). "
-                f"Received: {len(given)}."
-            )
-        return dict(zip(names, given, strict=True))
-    if isinstance(given, (list, tuple)) and len(given) == 1:
-        given = given[0]
-    if len(names) > 1 and what != "y":
-        return dict.fromkeys(names, given)
-    if len(names) > 1:
-        raise InputError(f"Expected y as a list or dict for the outputs {names}. Received one.")
-    return {names[0]: given} if names else {}
-
-
-def _weight(given: Any, name: str | None, number: int) -> float:
-    if given is None:
-        return 1.0
-    if isinstance(given, Mapping):
-        return float(given.get(name, 1.0))
+        return {name: given[name] for name in wanted if name in given}
     if isinstance(given, (list, tuple)):
-        return float(given[number])
-    return float(given)
+        for names in (wanted, heads):
+            if len(names) == len(given):
+                return {n: own for n, own in zip(names, given, strict=True) if n in wanted}
+        raise InputError(
+            f"Expected {what} for {len(wanted)} outputs ({', '.join(wanted)}). "
+            f"Received: {len(given)}."
+        )
+    if len(wanted) > 1 and what == "y":
+        raise InputError(f"Expected y as a list or dict for the outputs {wanted}. Received: one.")
+    return dict.fromkeys(wanted, given)
+
+
+def _only(given: Any, what: str) -> Any:
+    """Return what was given for a function of all outputs, of which there can be but one."""
+    if _is_nothing(given) or not isinstance(given, (Mapping, list, tuple)):
+        return None if _is_nothing(given) else given
+    if len(given) != 1:
+        raise InputError(
+            f"Expected one {what}, as the loss is one function of all outputs. "
+            f"Received: {len(given)}."
+        )
+    return next(iter(given.values() if isinstance(given, Mapping) else given))
 
 
 def _classes(given: Mapping[int, float] | None) -> dict[int, float]:
@@ -394,21 +403,47 @@ def _is_nested(loss: Any) -> bool:
     )
 
 
+def _is_function(loss: Any) -> bool:
+    """Tell whether a loss is the user's own function, and not Keras's."""
+    ours = (getattr(loss, "__module__", "") or "").startswith("keras.")
+    return callable(loss) and not ours and not isinstance(loss, (type, keras.losses.Loss))
+
+
+def _is_nothing(given: Any) -> bool:
+    """Tell None, or the () that a Batch has in its place."""
+    return given is None or (isinstance(given, tuple) and not given)
+
+
+def _name(loss: Any) -> str:
+    fn = getattr(loss, "fn", loss)
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
 def _identity(loss: Any) -> Any:
-    """Return what a loss is known by: equal configurations of a Keras loss are one."""
+    """Return what a loss is known by: Keras losses of the same function and options are one."""
+    if isinstance(loss, Mapping) and _is_nested(loss):
+        return tuple((head, _identity(own)) for head, own in sorted(loss.items()))
+    if _is_nested(loss):
+        return tuple(_identity(own) for own in loss)
     if isinstance(loss, Mapping):
-        return tuple((key, _identity(value)) for key, value in sorted(loss.items(), key=str))
-    if isinstance(loss, (list, tuple)):
-        return tuple(_identity(value) for value in loss)
-    if isinstance(loss, keras.losses.Loss) and type(loss).__module__.startswith("keras."):
-        config = {k: v for k, v in loss.get_config().items() if k != "name"}
-        return type(loss).__name__, json.dumps(config, sort_keys=True, default=str)
-    return loss
+        return json.dumps(loss, sort_keys=True, default=str)
+    if loss is not None and not isinstance(loss, str) and not callable(loss):
+        raise InputError(
+            "Expected loss= as a Keras loss, its name, or a callable (y, output) -> (B,). "
+            f"Received: {loss!r}."
+        )
+    if loss is None or not hasattr(loss, "fn"):
+        return loss
+    # Not by its configuration, which may lack an option, as Huber's lacks delta in Keras 3.15.
+    try:
+        options = json.dumps(host.loss_options(loss), sort_keys=True)
+    except TypeError:  # arrays, say
+        return loss
+    return type(loss), loss.fn, loss.reduction, options
 
 
-def _shown(tensor: tf.Tensor) -> str:
-    dims = ["B" if n == 0 else str(d) for n, d in enumerate(tensor.shape)]
-    return f"({', '.join(dims)})"
+def _shapes(y: Any) -> str:
+    return str(tf.nest.map_structure(lambda t: tuple(t.shape[1:]), y))
 
 
 def _first_line(failure: Exception) -> str:

@@ -14,12 +14,16 @@ import tensorflow as tf
 
 from perjac import host, memory, sketch
 from perjac.combination import held_in
-from perjac.errors import InputError, UnknownNameError
+from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.explanation import Explanation
 from perjac.factors import Explicit, Factor
 from perjac.sources import ByKey, Source, Weights, is_variable, match
 
 Factors = Mapping[str, Factor]
+_QUERIES = (
+    "norms", "gram", "cosine_similarity", "jvp", "vjp", "diagonal", "project", "mean", "variance",
+    "snr", "clipped_sum",
+)  # fmt: skip
 
 
 class Rows(Mapping):
@@ -79,6 +83,13 @@ class Rows(Mapping):
     def __repr__(self) -> str:
         inside = ", ".join(f"{s.key!r}: {s.shape}" for s in self._sources.values())
         return f"{type(self).__name__}(shape={self.shape}, {{{inside}}})"
+
+    @property
+    def nbytes(self) -> int:
+        """The memory held: by the factors, not by their rows."""
+        parts = tf.nest.flatten(list(self._factors.values()), expand_composites=True)
+        held = {id(part): part for part in parts}  # two factors may share one side
+        return sum(part.dtype.size * int(tf.size(part)) for part in held.values())
 
     def matrix(self) -> tf.Tensor:
         """Form everything as one array, (*lead, P), columns in the order of `keys()`.
@@ -180,8 +191,9 @@ class Rows(Mapping):
         dim : int
             Of the projections.
         seed : int
-            The same seed gives the same projection of the same weights, whatever the batch, in
-            any process and on any machine, up to rounding.
+            The same seed gives the same projection, whatever the batch and the weights' names, in
+            any process and on any machine, up to rounding. Weights are told apart by their number
+            in the model.
         kind : {"gaussian", "rademacher", "sparse"}
             Normal numbers; signs, which are a little more exact; or a count sketch, whose cost
             does not grow with `dim` times the weights.
@@ -202,24 +214,31 @@ class Rows(Mapping):
             raise InputError(f"Expected dim= as a positive int. Received: {dim!r}.")
         if kind not in sketch.KINDS:
             raise InputError(f"Expected kind= one of {sketch.KINDS}. Received: {kind!r}.")
-        sides = {key: factor.sides for key, factor in self._factors.items()}
-        drawn = sketch.draw(sides, dim, seed, kind, self._held)
+        places = {key: source.place for key, source in self._sources.items()}
+        sides = {places[key]: factor.sides for key, factor in self._factors.items()}
+        by_place = sketch.draw(sides, dim, seed, kind, self._held)
+        drawn = {key: by_place[places[key]] for key in self._factors}
         return self._shown(query(_projected)(self._factors, drawn))
 
-    def explain(self, question: str = "squared_norms") -> Explanation:
+    def explain(self, question: str = "norms", dim: int = 512) -> Explanation:
         """Return which way each weight's factor takes to the answer of a query, and why.
 
         Parameters
         ----------
         question : str
-            A query: "norms", "gram", "jvp", "vjp", "diagonal", "project", …
+            A query's name: "norms", "gram", "jvp", "vjp", "diagonal", "project", …
+        dim : int
+            Of a projection.
 
         Returns
         -------
         Explanation
-            A table: print it, or read its `rows`.
+            A table: print it, or read its `rows`. Multiply-adds and numbers formed on the way,
+            beside those of the other ways there are, for one example.
         """
-        return Explanation.of(question, self._factors, self.shape[0])
+        if question not in _QUERIES or not hasattr(self, question):
+            raise UnknownNameError(f"There is no query {question!r}. {nearest(question, _QUERIES)}")
+        return Explanation.of(question, self._factors, self.shape[0], dim)
 
     def _lengths(self) -> tf.Tensor:
         """The norm of every row, (*lead)."""

@@ -6,6 +6,7 @@ Knows the output's shape; must not know what is differentiated or how.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
     if cotangents is not None:
         return _directions(cotangents, batch, shape, dtype)
     if outputs is None:
-        return Seeds("all", shape, tf.zeros([0], tf.int32))
+        return Seeds("all", shape, _nothing())
     each = not isinstance(outputs, (list, tuple, range)) and np.ndim(outputs) == 1
     chosen = np.atleast_1d(np.asarray(outputs))
     if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
@@ -130,6 +131,12 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
             f"Received: {len(chosen)}. For the same outputs of every example give a list."
         )
     return Seeds("each", (1,), tf.constant(chosen, tf.int32))
+
+
+@functools.cache
+def _nothing() -> tf.Tensor:
+    with tf.init_scope():
+        return tf.zeros([0], tf.int32)
 
 
 def _in_range(chosen: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -39,3 +39,9 @@ def unfold(tensor: tf.Tensor, batch: Any, fold: int, inner: bool = False) -> tf.
     lead = [fold, batch] if inner else [batch, fold]
     split = tf.reshape(tensor, tf.concat([lead, tf.shape(tensor)[1:]], 0))
     return tf.transpose(split, [1, 0, *range(2, len(split.shape))]) if inner else split
+
+
+def shown(tensor: tf.Tensor) -> str:
+    """Return a tensor's shape for people, the batch as B."""
+    dims = ["B" if n == 0 else str(d) for n, d in enumerate(tensor.shape)]
+    return f"({', '.join(dims)})"

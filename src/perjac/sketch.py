@@ -29,6 +29,11 @@ class Normal:
 
     matrix: tf.Tensor
 
+    @property
+    def dim(self) -> int:
+        """How many numbers a projection has."""
+        return known(self.matrix.shape)[1]
+
     def of(self, x: tf.Tensor) -> tf.Tensor:
         """Map (..., n) to (..., dim)."""
         return tf.tensordot(x, self.matrix, 1)
@@ -42,9 +47,17 @@ class Normal:
         """Return what the entries numbered `ids` (...) map to, (..., dim)."""
         return tf.gather(self.matrix, ids)
 
+    def of_rows(self, rows: tf.Tensor, other: Normal) -> tf.Tensor:
+        """Map matrices (..., n, m), the second side by `other`, to (..., dim), unfinished."""
+        n, m = known(rows.shape[-2:])
+        if n < m:  # the longer side first leaves less in between
+            return tf.reduce_sum(other.of(rows) * self.matrix, -2)
+        half = tf.einsum("...io,im->...om", rows, self.matrix)
+        return tf.reduce_sum(half * other.matrix, -2)
+
     def finish(self, products: tf.Tensor) -> tf.Tensor:
         """Scale the products of two sides."""
-        return products / math.sqrt(known(self.matrix.shape)[1])
+        return products / math.sqrt(self.dim)
 
     def __tf_flatten__(self) -> tuple[tuple, tuple]:
         return (), (self.matrix,)
@@ -82,6 +95,16 @@ class Count:
         """Return what the entries numbered `ids` (...) map to."""
         hot = tf.one_hot(tf.gather(self.buckets, ids), self.dim, dtype=self.signs.dtype)
         return tf.signal.rfft(hot * tf.gather(self.signs, ids)[..., None])
+
+    def of_rows(self, rows: tf.Tensor, other: Count) -> tf.Tensor:
+        """Map matrices (..., n, m), the second side by `other`, to (..., dim // 2 + 1)."""
+        n, m = known(rows.shape[-2:])
+        both = Count(
+            tf.reshape(tf.math.floormod(self.buckets[:, None] + other.buckets, self.dim), [-1]),
+            tf.reshape(self.signs[:, None] * other.signs, [-1]),
+            self.dim,
+        )
+        return both.of(tf.reshape(rows, tf.concat([tf.shape(rows)[:-2], [n * m]], 0)))
 
     def finish(self, products: tf.Tensor) -> tf.Tensor:
         """Leave the Fourier domain."""

@@ -64,6 +64,11 @@ class Source:
     tensor: str = ""
 
     @property
+    def place(self) -> str:
+        """What it is known by where names may change: Keras numbers layers anew in each process."""
+        return f"{self.kind} {self.key if self.kind == 'activation' else self.index}"
+
+    @property
     def size(self) -> int:
         """Entries for one example."""
         size = 1
@@ -139,10 +144,14 @@ class ByKey(dict):
 
     def __init__(self, answers: Any = (), find: Callable[[Any], str] | None = None):
         super().__init__(answers)
-        self._find = find
+        self._find = find or (lambda key: key)
+
+    def __getitem__(self, key: Any) -> Any:
+        variable = self._find is not None and is_variable(key)  # which cannot be hashed
+        return super().__getitem__(self._find(key) if variable else key)
 
     def __missing__(self, key: Any) -> Any:
-        found = key if self._find is None else self._find(key)
+        found = self._find(key)
         if found == key:
             raise UnknownNameError(f"There is nothing for {key!r}. {nearest(str(key), self)}")
         return self[found]

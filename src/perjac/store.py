@@ -1,8 +1,10 @@
-"""Jacobians on disk, batch by batch: .zarr, or .npz for what fits into memory."""
+"""Arrays on disk, batch by batch: .zarr, or .npz for what fits into memory."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,10 +13,12 @@ import numpy as np
 
 from perjac.errors import FileFormatError, missing_extra
 
+_CHUNK = 2**16  # numbers: a file of its own for every 32 norms would be slow to read
+
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[Any]:
-    """Open a store to add Jacobians to; what was added is kept however the block ends.
+    """Open a store to add batches to; what was added as a whole is kept however the block ends.
 
     Raises
     ------
@@ -35,20 +39,26 @@ def opened(path: pathlib.Path) -> Iterator[Any]:
 
 class _Npz:
     def __init__(self, path: pathlib.Path):
-        self._path, self._parts = path, {}
+        self._path = path
+        self._batches: list[dict[str, np.ndarray]] = []
+        self._facts: dict[str, Any] = {}
 
-    def add(self, jacobian: Mapping[str, Any]) -> None:
-        for key in jacobian:
-            self._parts.setdefault(key, []).append(np.asarray(jacobian[key]))
+    def add(self, arrays: Mapping[str, Any]) -> None:
+        """Add a batch: the same keys each time, the examples first."""
+        self._batches.append({key: np.asarray(arrays[key]) for key in arrays})
 
-    def describe(self, **facts: str) -> None:
-        """An .npz has no place for facts."""
+    def describe(self, **facts: Any) -> None:
+        """Keep facts as arrays of their own, "about/…"."""
+        self._facts.update({f"about/{name}": np.asarray(fact) for name, fact in facts.items()})
 
     def close(self) -> None:
-        if self._parts:
-            joined = {key: np.concatenate(parts) for key, parts in self._parts.items()}
+        if self._batches:
+            joined = {
+                key: np.concatenate([batch[key] for batch in self._batches])
+                for key in self._batches[0]
+            }
             with self._path.open("wb") as file:
-                np.savez(file, **joined)  # type: ignore[arg-type]
+                np.savez(file, **joined, **self._facts)  # type: ignore[arg-type]
 
 
 class _Zarr:
@@ -57,21 +67,37 @@ class _Zarr:
             import zarr
         except ImportError as failure:
             raise missing_extra("Writing .zarr", "store", failure) from failure
-        self._root = zarr.open_group(str(path), mode="w")
+        # What was there before is overwritten with the first batch, not by a wrong call.
+        self._make = functools.cache(lambda: zarr.open_group(str(path), mode="w"))
+        self._arrays: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {}
+        self._whole = 0  # examples of batches that were added to every array
 
-    def add(self, jacobian: Mapping[str, Any]) -> None:
-        for key in jacobian:
-            rows = np.asarray(jacobian[key])
-            if key in self._root:
-                self._root[key].append(rows)  # type: ignore[union-attr]
-            else:
-                array = self._root.create_array(
-                    key, shape=rows.shape, dtype=rows.dtype, chunks=rows.shape
-                )
-                array[:] = rows
+    def add(self, arrays: Mapping[str, Any]) -> None:
+        """Add a batch: the same keys each time, the examples first."""
+        count = 0
+        for key in arrays:
+            rows = np.asarray(arrays[key])
+            count = len(rows)
+            if key in self._arrays:
+                self._arrays[key].append(rows)
+                continue
+            fitting = max(count, _CHUNK // max(1, math.prod(rows.shape[1:])))
+            made = self._make().create_array(
+                key, shape=rows.shape, dtype=rows.dtype, chunks=(fitting, *rows.shape[1:])
+            )
+            self._arrays[key] = made
+            made[:] = rows
+        self._whole += count
 
-    def describe(self, **facts: str) -> None:
-        self._root.attrs.update(facts)
+    def describe(self, **facts: Any) -> None:
+        """Keep facts as attributes."""
+        self._facts.update(facts)
 
     def close(self) -> None:
-        """Every batch is on disk already."""
+        """Every batch is on disk already; the part of one that was cut short is taken off."""
+        for array in self._arrays.values():
+            if array.shape[0] > self._whole:
+                array.resize((self._whole, *array.shape[1:]))
+        if self._arrays:
+            self._make().attrs.update(self._facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -20,6 +21,8 @@ from perjac.sketch import Side
 _FORM_AT_ONCE = 2**18
 # Rows up to so many times larger than their factor are formed at once.
 _HARDLY_LARGER = 1.25
+# Relative error of a sum of squares in float64, and some more.
+_ROUNDING = 2**-48
 # What writing and reading back one number costs, in multiply-adds.
 _TRAFFIC = 16
 
@@ -90,8 +93,11 @@ class Factor:
             return (tuple(piece for axis in axes for piece in axis),)
         return tuple(piece for axis in axes[:-1] for piece in axis), axes[-1]
 
-    def ways(self, question: str) -> list[Way]:
-        """Return the ways to an answer that there are; the first is the one taken."""
+    def ways(self, question: str, dim: int = 1) -> list[Way]:
+        """Return the ways to an answer that there are; the first is the one taken.
+
+        `dim` is of a projection.
+        """
         rows = (self.row_count or 1) * size(self.layout.target)
         return [Way("form the rows", self._forming(), rows)]
 
@@ -147,21 +153,17 @@ class Factor:
 
     def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
         """Return Σ_io J[b,k,i,o] r[i] q[o] for each of the numbers drawn, (B, K, dim)."""
+        left, *right = (drawn[side] for side in self.sides)
         axes = self.layout.target
-        left, *rest = (drawn[side] for side in self.sides)
-        n = axes[-1] if rest else 1
-        shape = [size(axes[:-1]) if rest else size(axes), n]
+        shape = [size(axes[:-1]), axes[-1]] if right else [size(axes)]
 
         def sketched(part: Factor) -> tf.Tensor:
             rows = part.rows()
             rows = tf.reshape(rows, [*lead_of(rows), *shape])
-            if not rest:
-                return left.finish(left.of(tf.squeeze(rows, -1)))
-            # One side after the other: (B, K, I, dim), then I away.
-            half = rest[0].of(rows)
-            return left.finish(tf.reduce_sum(half * left.at(tf.range(shape[0])), -2))
+            return left.finish(left.of_rows(rows, *right) if right else left.of(rows))
 
-        return self._each_example(sketched)
+        between = min(shape) * left.dim if right else 0
+        return self._each_example(sketched, between)
 
     def compact(self) -> Factor:
         """Return the rows themselves where they are hardly larger than the factor, or smaller.
@@ -195,18 +197,24 @@ class Factor:
         return self.delta  # type: ignore[attr-defined]
 
     def _by_moments(self) -> tf.Tensor:
-        """Σ J² - n J̄², in float64: products of float32 are exact there, and so is a difference."""
+        """Σ J² - n J̄², in float64; zero where it is within the rounding of Σ J²."""
         wide = self.cast(tf.float64)
         count = tf.cast(tf.reduce_prod(tf.shape(self._any_tensor())[:2]), tf.float64)
-        spread = wide.diagonal() - count * tf.square(wide._mean())
-        return tf.cast(tf.maximum(spread, 0), self._any_tensor().dtype)
+        squares = wide.diagonal()
+        spread = squares - count * tf.square(wide._mean())
+        spread = tf.where(spread > _ROUNDING * squares, spread, tf.zeros_like(spread))
+        return tf.cast(spread, self._any_tensor().dtype)
 
-    def _large(self) -> bool:
-        return (self.row_count or 1) * size(self.layout.target) > _FORM_AT_ONCE
+    def _large(self, between: int = 0) -> bool:
+        entries = max(size(self.layout.target), between)
+        return (self.row_count or 1) * entries > _FORM_AT_ONCE
 
-    def _each_example(self, ask: Callable[[Any], tf.Tensor]) -> tf.Tensor:
-        """Ask all examples at once, or one after another where the rows would be large."""
-        if not self._large():
+    def _each_example(self, ask: Callable[[Any], tf.Tensor], between: int = 0) -> tf.Tensor:
+        """Ask all examples at once, or one after another where the rows would be large.
+
+        `between` counts the numbers that one row becomes on the way to its answer.
+        """
+        if not self._large(between):
             return ask(self)
         batch = tf.shape(self._any_tensor())[0]
         return tf.map_fn(
@@ -269,7 +277,7 @@ class Explicit(Factor):
         """K."""
         return self.jacobian.shape[1]
 
-    def ways(self, question: str) -> list[Way]:
+    def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the only one: the rows are there."""
         return [Way("the rows are held", 0, 0)]
 
@@ -291,7 +299,7 @@ class Zero(Factor):
         """Form the zeros."""
         return tf.zeros([*lead_of(self.delta), *self.layout.target], self.delta.dtype)
 
-    def ways(self, question: str) -> list[Way]:
+    def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the only one."""
         return [Way("zero", 0, 0)]
 
@@ -304,6 +312,7 @@ class Zero(Factor):
         return self
 
 
+@functools.cache
 def _fields(cls: type) -> tuple[list[str], list[str]]:
     """Return the names of the static fields and of those that hold tensors."""
     static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]

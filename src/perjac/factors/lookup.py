@@ -20,7 +20,7 @@ class Lookup(Factor):
     ids: tf.Tensor  # (B, T)
     delta: tf.Tensor  # (B, K, T, D)
 
-    def ways(self, question: str) -> list[Way]:
+    def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the ways to an answer: over the ids that occur, never the whole table."""
         held = (self.entries or 0) - (self.ids.shape[1] or 0)
         if question in ("jvp", "vjp", "mean", "project"):

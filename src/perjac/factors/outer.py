@@ -40,30 +40,35 @@ class Outer(Factor):
         """Whether T = 1."""
         return self.positions == 1 and not isinstance(self.a, Patches)
 
-    def ways(self, question: str) -> list[Way]:
+    def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the ways to an answer, the cheapest first."""
         t, (i, o), k = self.positions or 1, self.layout.target, self.row_count or 1
         form = Way("form I×O", self._forming(), k * i * o)
-        if question in ("squared_norms", "norms", "clipped_sum"):
+        if question in ("norms", "clipped_sum"):
             if self.rank_one:
                 return [Way("‖a‖²‖δ‖²", i + k * o, 0), form]
             products = Way("T×T Gram", t * t * (i + k * o), (1 + k) * t * t)
             return sorted([form, products], key=lambda way: way.cost)
-        if question in ("diagonal", "variance", "snr", "squared_deviations"):
+        if question in ("diagonal", "variance", "snr"):
             return [Way("(a²)ᵀδ²", i * k * o, 0), form] if self.rank_one else [form]
-        if question == "gram":
+        if question in ("gram", "cosine_similarity"):
             return [Way("(A Aᵀ)∘(Δ Δᵀ)", i + k * o, 0), form] if self.rank_one else [form]
         if question in ("jvp", "vjp", "mean"):
-            return [Way("contract a and δ", t * i * o + k * t * o, t * o), form]
+            return [Way("contract a and δ", t * i * o + k * t * o, t * o)]
         if question == "project":
-            return [Way("sketch a and δ", t * (i + k * o), t * (1 + k)), form]  # for each number
+            sketch = Way("sketch a and δ", t * dim * (i + k * o), t * dim * (1 + k))
+            rest = k * dim * (i * o + min(i, o))
+            after = Way("form and sketch I×O", form.multiply_adds + rest, form.entries + k * dim)
+            return sorted([sketch, after], key=lambda way: way.cost)
         return [form]
 
     def rows(self) -> tf.Tensor:
         """Form (B, K, I, O): a broadcast product for T = 1, else a matmul over the positions."""
         if self.rank_one:
             return self.a[:, :, :, None] * self.delta
-        return tf.matmul(self.columns[:, None], self.delta, transpose_a=True)
+        if isinstance(self.a, Patches):
+            return self.a.rows(self.delta)
+        return tf.matmul(self.a[:, None], self.delta, transpose_a=True)
 
     def squared_norms(self) -> tf.Tensor:
         """Return ‖a‖²‖δ‖² for T = 1, else the cheaper of forming I×O and the two T×T Grams.
@@ -73,7 +78,7 @@ class Outer(Factor):
         if self.rank_one:
             lengths = tf.reduce_sum(tf.square(self.a), 2)  # (B, 1)
             return lengths * tf.reduce_sum(tf.square(self.delta), [2, 3])
-        if self.ways("squared_norms")[0].name != "T×T Gram":
+        if self.ways("norms")[0].name != "T×T Gram":
             return self._each_example(lambda part: sum_of_squares(part.rows()))
         a = self.columns
         similar = tf.matmul(a, a, transpose_b=True)[:, None]  # (B, 1, T, T)
@@ -132,8 +137,13 @@ class Outer(Factor):
         return self._by_moments() if self.rank_one else super().squared_deviations()
 
     def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
-        """Return Σ_t (r·a_t)(q·δ_t), (B, K, dim): T·dim·(I + K·O) multiply-adds an example."""
+        """Return Σ_t (r·a_t)(q·δ_t), (B, K, dim): T·dim·(I + K·O) multiply-adds an example.
+
+        Where there are more positions than that is worth, of the rows.
+        """
         left, right = (drawn[side] for side in self.sides)
+        if self.ways("project", left.dim)[0].name != "sketch a and δ":
+            return super().project(drawn)
         a, delta = left.of(self.columns), right.of(self.delta)  # (B, T, dim), (B, K, T, dim)
         return left.finish(tf.reduce_sum(a[:, None] * delta, 2))
 

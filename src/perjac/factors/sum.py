@@ -51,15 +51,15 @@ class Sum(Factor):
             return self.parts[0].sides
         return self._formed().sides
 
-    def ways(self, question: str) -> list[Way]:
+    def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the parts' ways where they add up; else the rows have to be formed."""
-        linear = question in ("jvp", "vjp", "mean", "gram")
+        linear = question in ("jvp", "vjp", "mean", "gram", "cosine_similarity")
         if linear or (question == "project" and self._read_alike()):
-            each = [part.ways(question)[0] for part in self.parts]
+            each = [part.ways(question, dim)[0] for part in self.parts]
             names = " + ".join(way.name for way in each)
             costs = sum(w.multiply_adds for w in each), sum(w.entries for w in each)
             return [Way(names, *costs)]
-        return super().ways(question)
+        return super().ways(question, dim)
 
     def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
         """Add the parts' projections, which are by the same numbers for the same axes."""

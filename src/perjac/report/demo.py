@@ -49,9 +49,13 @@ def run(out: pathlib.Path, say: Callable[[str], None]) -> None:
     jac = engine.jacobian(x)
     norms = np.asarray(jac.norms())
     took = time.perf_counter() - start
-    gallery = picture(_gallery(x, labels, logits, norms), out / "norms.png")
+    gallery = picture(_gallery(x, labels, logits, norms, "‖J‖"), out / "norms.png")
     right = logits.argmax(1) == labels
     spread = picture(_spread(norms, right), out / "spread.png")
+    say("Gradients of each digit's loss …")
+    grads = engine.gradients(x, labels, loss=_loss())
+    pulls = np.asarray(grads.norms())
+    hardest = picture(_gallery(x, labels, logits, pulls, "‖g‖"), out / "gradients.png")
     say("Verifying against a plain float64 loop …")
     check, table = engine.verify(x[:4]), engine.inspect()
     page = render(
@@ -70,6 +74,8 @@ def run(out: pathlib.Path, say: Callable[[str], None]) -> None:
         norms=gallery,
         spread=spread,
         told=_told(norms, right),
+        hardest=hardest,
+        share=f"{_share(pulls):.0%}",
         summary=table.summary,
         columns=table.columns,
         cells=table.cells(),
@@ -108,10 +114,21 @@ def _train(x: np.ndarray, labels: np.ndarray) -> Any:
         ],
         name="digits",
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=keras.optimizers.Adam(2e-3), loss=loss)
+    model.compile(optimizer=keras.optimizers.Adam(2e-3), loss=_loss())
     model.fit(x, labels, batch_size=64, epochs=12, verbose=0)  # pyright: ignore
     return model
+
+
+def _loss() -> Any:
+    import keras
+
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _share(norms: np.ndarray) -> float:
+    """Return which share of all norms the hardest tenth of the examples has."""
+    hardest = np.sort(norms)[::-1][: max(len(norms) // 10, 1)]
+    return float(hardest.sum() / norms.sum())
 
 
 def _class_grid(maps: Any, labels: np.ndarray) -> Any:
@@ -137,7 +154,9 @@ def _class_grid(maps: Any, labels: np.ndarray) -> Any:
     return figure
 
 
-def _gallery(x: np.ndarray, labels: np.ndarray, logits: np.ndarray, norms: np.ndarray) -> Any:
+def _gallery(
+    x: np.ndarray, labels: np.ndarray, logits: np.ndarray, norms: np.ndarray, name: str
+) -> Any:
     order = np.argsort(-norms)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
@@ -147,7 +166,7 @@ def _gallery(x: np.ndarray, labels: np.ndarray, logits: np.ndarray, norms: np.nd
         for axes, n in zip(row, chosen, strict=True):
             figures.show(axes, x[n])
             guess = logits[n].argmax()
-            told = f"‖J‖ = {norms[n]:.0f}\n{guess} ({shares[n, guess]:.0%})"
+            told = f"{name} = {norms[n]:.3g}\n{guess} ({shares[n, guess]:.0%})"
             wrong = guess != labels[n]
             axes.set_xlabel(
                 told + (f"\ntrue: {labels[n]}" if wrong else ""),

@@ -1,0 +1,84 @@
+"""The private names of TensorFlow and Keras that perjac takes: each does what it is taken for."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from perjac import host
+from perjac.factors import Explicit
+from perjac.layout import Relabelling
+
+
+def scaled(parts, nested):
+    factor = nested["factor"]
+    return {"twice": [2 * part for part in parts], "same": factor, "sum": factor.vjp(parts[0])}
+
+
+def arguments():
+    factor = Explicit(Relabelling.of((3,)), tf.reshape(tf.range(12.0), [2, 2, 3]))
+    return [tf.ones([2, 2]), tf.zeros([4])], {"factor": factor}
+
+
+def test_compiled_calls_give_what_the_function_gives():
+    quick = host.compiled(scaled)
+    answers = [quick(*arguments()), quick(*arguments()), scaled(*arguments())]
+    assert len(quick._found) == 1
+    assert all(entry[1] is not None for entry in quick._found.values()), "the quick way is gone"
+    assert type(answers[0]["same"]) is Explicit
+    assert list(answers[0]) == list(answers[2])  # the order of a dict's keys, too
+    for found in answers[:2]:
+        for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(answers[2]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_compiled_calls_tell_shapes_dtypes_and_structures_apart():
+    quick = host.compiled(lambda parts: [tf.reduce_sum(p) + p.shape.rank for p in parts])
+    for parts in (
+        [tf.ones([2])],
+        [tf.ones([2, 2])],
+        [tf.ones([2], tf.float64)],
+        [tf.ones([2])] * 2,
+    ):
+        assert [float(n) for n in quick(parts)] == [
+            float(tf.reduce_sum(p)) + p.shape.rank for p in parts
+        ]
+    assert len(quick._found) == 4
+
+
+def test_compiled_calls_see_what_a_variable_is_now():
+    variable = tf.Variable(1.0)
+    quick = host.compiled(lambda x: x * variable)
+    assert float(quick(tf.constant(2.0))) == 2
+    variable.assign(3.0)
+    assert float(quick(tf.constant(2.0))) == 6
+
+
+def test_compiled_calls_can_be_differentiated_and_put_into_a_graph():
+    quick, x = host.compiled(lambda x: x**3), tf.constant(2.0)
+    quick(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = quick(x)
+    assert float(tape.gradient(y, x)) == 12
+    assert float(tf.function(lambda x: quick(x) + 1)(x)) == 9
+
+
+def test_the_compiled_loss_is_what_the_user_gave():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert host.compiled_loss(model) is None
+    model.compile(loss="mse", loss_weights=[0.5])
+    assert host.compiled_loss(model) == ("mse", [0.5])
+
+
+def test_a_wrapped_loss_brings_labels_to_the_outputs_rank():
+    loss = host.wrapped_loss(keras.losses.mean_squared_error)
+    values = loss.call(tf.constant([1.0, 2.0]), tf.constant([[0.0], [0.0]]))
+    np.testing.assert_array_equal(values, [1, 4])
+
+
+@pytest.mark.parametrize("name", [*host.ALIKE.values(), *host.FIRST.values()])
+def test_gradients_registered_by_name_are_found(name):
+    assert callable(host.registered_gradient(name.encode()))
