@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import binding, host, inputs, memory, seeds
-from perjac import trace as tracing
+from perjac import binding, inputs, memory, seeds
 from perjac.errors import InputError, LossWarning
 from perjac.factors import Factor
 from perjac.gradients import Gradients
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
 from perjac.losses import Objective, at_least_float32, compiled
-from perjac.naming import Names
-from perjac.normalise import flatten, normalise
+from perjac.normalise import flatten
 from perjac.shapes import known
 from perjac.sources import Source
-from perjac.traced import NotForXla, Traced
+from perjac.traced import NotForXla
+from perjac.traces import Traces
 from perjac.verification import Verification, verify
 
 _OPTIONS = {
@@ -55,6 +54,13 @@ class Engine:
         size; "auto" does.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
+
+    Attributes
+    ----------
+    model : object
+        What is called.
+    traces : Traces
+        Every trace of it.
 
     Raises
     ------
@@ -90,15 +96,10 @@ class Engine:
                 raise InputError(f"Expected {name}= one of {_OPTIONS[name]}. Received: {value!r}.")
         memory.limit(memory_limit)  # refuses what it cannot read
         self.model = model = binding.loaded(model, signature)
-        self._path, self._memory_limit, self._jit = path, memory_limit, jit
-        self._compiles = jit is not False
+        self.memory_limit, self._jit = memory_limit, jit
         self._check = independence == "check"
-        self._weights = binding.weights_of(model, variables)
-        self._expected = inputs.declared(model)
-        self._callee = tracing.Callee(
-            binding.function_of(model, training), model if host.is_layer(model) else None
-        )
-        self._traced: dict[tuple, tuple[Traced, Names]] = {}
+        self.traces = Traces(model, variables, training, path, jit is not False)
+        self._weights = self.traces.weights
         self._objectives: dict[tuple, Objective] = {}
         self._doubted: set[tuple] = set()  # objectives whose outputs were looked at
 
@@ -109,16 +110,16 @@ class Engine:
     @property
     def input_names(self) -> list[str]:
         """The names of the inputs that the model declares."""
-        return [e.name for e in self._expected]
+        return [e.name for e in self.traces.expected]
 
     @property
     def expected(self) -> list[inputs.Expected]:
         """The inputs that the model declares: names, shapes and dtypes."""
-        return list(self._expected)
+        return list(self.traces.expected)
 
     def made_up(self, count: int, seed: int = 0) -> Any:
         """Return made-up examples of the shapes the model declares: normal numbers, 0s and 1s."""
-        self._example()  # refuses a model that declares none
+        self.traces.example()  # refuses a model that declares none
         rng = np.random.default_rng(seed)
         arrays = [
             tf.cast(
@@ -127,7 +128,7 @@ class Engine:
                 else rng.integers(0, 2, (count, *known(e.shape[1:]))),
                 e.dtype,
             )
-            for e in self._expected
+            for e in self.traces.expected
         ]
         return arrays[0] if len(arrays) == 1 else arrays
 
@@ -184,7 +185,7 @@ class Engine:
         The first call with a new shape of example traces the model and compiles; later calls
         with the same shapes, whatever the batch size, do not.
         """
-        batch = self._prepare(x)
+        batch = self.traces.prepare(x)
         result, factors, sources, row_shape = self._derived(
             batch, None, of, wrt, outputs=outputs, cotangents=cotangents
         )
@@ -194,7 +195,7 @@ class Engine:
             self._weights,
             result,
             row_shape,
-            memory_limit=self._memory_limit,
+            memory_limit=self.memory_limit,
             jit=self._jit is not False,
         )
 
@@ -266,8 +267,8 @@ class Engine:
             loss, weights = compiled(self.model)
             loss_weights = weights if loss_weights is None else loss_weights
         objective = self._objective(Objective(loss, loss_weights, class_weight))
-        given = self._prepare(x)
-        wide = at_least_float32(self._floating())
+        given = self.traces.prepare(x)
+        wide = at_least_float32(self.traces.floating)
         batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
         self._check_loss(objective, given, batch)
         losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
@@ -276,7 +277,7 @@ class Engine:
             sources,
             self._weights,
             losses,
-            memory_limit=self._memory_limit,
+            memory_limit=self.memory_limit,
             jit=self._jit is not False,
         )
 
@@ -284,7 +285,7 @@ class Engine:
         self, batch: inputs.Batch, objective: Objective | None, of: Any, wrt: Any, **asked: Any
     ) -> tuple[tf.Tensor, dict[str, Factor], list[Source], tuple[int, ...]]:
         """Return (outputs, factors, sources, row shape) of a head, or of the loss."""
-        traced, names = self._trace(batch, objective)
+        traced, names = self.traces.of(batch, objective)
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
             traced.check_shapes(head)
@@ -294,11 +295,9 @@ class Engine:
             asked.get("outputs"), asked.get("cotangents"), batch.size, traced.row_shape(head), dtype
         )
         try:
-            result, factors = traced.factors(head, sources, batch, chosen, self._memory_limit)
+            result, factors = traced.factors(head, sources, batch, chosen, self.memory_limit)
         except NotForXla:
-            # TensorFlow does not let two graphs define a loop's functions under the same names.
-            self._compiles = False
-            self._traced.clear()
+            self.traces.without_xla()
             return self._derived(batch, objective, of, wrt, **asked)
         return result, factors, sources, chosen.row_shape
 
@@ -312,10 +311,10 @@ class Engine:
         of : str, int or layer, optional
             As in `jacobian`.
         """
-        return self._outputs(self._prepare(x), of)
+        return self._outputs(self.traces.prepare(x), of)
 
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
-        traced, names = self._trace(batch)
+        traced, names = self.traces.of(batch)
         return traced.outputs(names.head(of), batch)
 
     def inspect(self, batch_size: int = 32, *, x: Any = None, of: Any = None) -> Inspection:
@@ -335,8 +334,8 @@ class Engine:
         Inspection
             A table: print it, or read its `rows`.
         """
-        batch = self._prepare(self._example() if x is None else x)
-        traced, names = self._trace(batch)
+        batch = self.traces.prepare(self.traces.example() if x is None else x)
+        traced, names = self.traces.of(batch)
         head = names.head(of)
         if self._check:
             traced.check_shapes(head)
@@ -361,10 +360,10 @@ class Engine:
         Verification
             With `passed` and the worst error of each weight.
         """
-        batch = self._prepare(x)
+        batch = self.traces.prepare(x)
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
-        traced, names = self._trace(batch)
+        traced, names = self.traces.of(batch)
         head = names.head(of)
         reference = flatten(traced.program.origin or traced.program)
         return verify(
@@ -377,47 +376,13 @@ class Engine:
             rtol,
         )
 
-    def _prepare(self, x: Any) -> inputs.Batch:
-        return inputs.prepare(x, self._expected, self._floating())
-
-    def _floating(self) -> tf.DType | None:
-        """The weights' floating type, which data takes where the model declares none."""
-        dtypes = [host.tf_variable(v).dtype for v in self._weights.variables]
-        return next((d for d in dtypes if d.is_floating), None)
-
-    def _trace(
-        self, batch: inputs.Batch, objective: Objective | None = None
-    ) -> tuple[Traced, Names]:
-        """Return the trace for such a batch: of the model, or of the loss of (x, y, weights)."""
-        key = (batch.signature, objective and objective.key)
-        if key not in self._traced:
-            callee = self._callee if objective is None else self._with_loss(objective)
-            program = normalise(tracing.trace(callee, batch.specs, batch.structure, self._weights))
-            names = batch.names if objective is None else batch.names[: batch.inputs]
-            self._traced[key] = (
-                Traced(callee, program, batch.structure, self._path, self._compiles),
-                Names(program, self._weights, self.model, names),
-            )
-        return self._traced[key]
-
-    def _with_loss(self, objective: Objective) -> tracing.Callee:
-        """Return the model with its loss behind it: (x, y, sample_weight) to {"loss": (B,)}."""
-        callee = self._callee
-
-        def losses(arguments: Any) -> dict[str, tf.Tensor]:
-            x, y, sample_weight = arguments
-            outputs = callee.function(x)
-            return {"loss": objective(outputs, callee.heads(outputs), y, sample_weight)}
-
-        return tracing.Callee(losses, callee.model)
-
     def _objective(self, new: Objective) -> Objective:
         """Return the objective that computes the same and is known already, if there is one."""
         return self._objectives.setdefault(new.key, new)
 
     def _check_loss(self, objective: Objective, x: inputs.Batch, batch: inputs.Batch) -> None:
         """Raise for labels that cannot be, and warn, once, of outputs that are no probabilities."""
-        self._trace(batch, objective)
+        self.traces.of(batch, objective)
         if batch.size == 0:
             return
         objective.check_labels(batch.packed[1])
@@ -428,13 +393,3 @@ class Engine:
         doubt = objective.doubts(batch.packed[1], lambda head: self._outputs(few, head))
         if doubt:
             warnings.warn(doubt, LossWarning, stacklevel=3)
-
-    def _example(self) -> Any:
-        """Return one example of the shape the model declares, to trace it with."""
-        if not self._expected or any(None in e.shape[1:] for e in self._expected):
-            raise InputError(
-                "The model does not declare the shapes of its inputs: give inspect an example "
-                "batch, x=."
-            )
-        arrays = [tf.zeros([1, *e.shape[1:]], e.dtype) for e in self._expected]
-        return arrays[0] if len(arrays) == 1 else arrays

@@ -166,8 +166,15 @@ def registered_gradient(name: bytes) -> Callable[..., Any]:
 
 
 def function_graph(graph: Any, name: str) -> Any:
-    """Return the graph that a function was traced in (`Graph._get_function`, since 1.0)."""
-    return graph._get_function(name).graph
+    """Return the graph that a function was traced in (`Graph._get_function`, since 1.0).
+
+    A function that came with an imported graph has its definition only (`_DefinedFunction`), from
+    which `function_def_to_graph` (since 1.9) makes a graph.
+    """
+    found = graph._get_function(name)
+    if hasattr(found, "graph"):
+        return found.graph
+    return function_def_to_graph.function_def_to_graph(found.definition)
 
 
 def tf_variable(variable: Any) -> tf.Variable:

@@ -24,6 +24,21 @@ from perjac.sources import (
 )
 from perjac.trace import Program
 
+# Operations that turn logits into probabilities, and those that only pass on what they get.
+_LINKS = ("Softmax", "LogSoftmax", "Sigmoid")
+_PASSING = ("Identity", "Reshape", "Cast", "Squeeze", "ExpandDims")
+
+
+def before_link(program: Program, tensor: str) -> tuple[str, str]:
+    """Return what a head's final softmax or sigmoid is taken of, and the operation's type.
+
+    ("", "") if it has none.
+    """
+    op = program.graph.get_tensor_by_name(tensor).op
+    while op.type in _PASSING:
+        op = op.inputs[0].op
+    return (op.inputs[0].name, op.type) if op.type in _LINKS else ("", "")
+
 
 class Names:
     """The names that one traced model answers to.
@@ -46,9 +61,22 @@ class Names:
         self._layers = [layer for layer in inside if host.is_layer(layer)]
 
     def head(self, of: Any) -> str:
-        """Return the tensor that `of` names: a head, or a hidden layer's output."""
+        """Return the tensor that `of` names: a head, or a hidden layer's output.
+
+        "logits" is what the only head's final softmax or sigmoid is taken of, where no layer has
+        that name.
+        """
+        program = self._program
         if isinstance(of, Activation):
-            return self._program.tap(of)
+            return program.tap(of)
+        if of == "logits" and of not in program.heads and of not in program.taps:
+            found, _ = before_link(program, program.head(None))
+            if not found:
+                raise UnknownNameError(
+                    "The model does not end with a softmax or sigmoid, so there are no logits "
+                    "before it: leave of= out."
+                )
+            return found
         return self._program.head(of.name if host.is_layer(of) else of)
 
     def sources(self, wrt: Any) -> list[Source]:

@@ -179,7 +179,11 @@ class Program:
         return calls[call]
 
     def replay(
-        self, inputs: Sequence[Any], values: Mapping[int, Any], names: Sequence[str]
+        self,
+        inputs: Sequence[Any],
+        values: Mapping[int, Any],
+        names: Sequence[str],
+        instead: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Lay the traced operations into the graph being built, on other inputs and weights.
 
@@ -191,6 +195,8 @@ class Program:
             In place of reading variable n; variables left out are read.
         names : sequence of str
             Tensors ("a:0") and operations ("a") to return.
+        instead : mapping of str to tensor, optional
+            In place of other tensors of the trace.
 
         Returns
         -------
@@ -204,6 +210,7 @@ class Program:
         for name, number in self.handles.items():
             feed[name] = host.capture(graph, host.handle(variables[number]))
         feed |= {name: values[n] for name, n in self.reads.items() if n in values}
+        feed |= instead or {}
         calls = [op.name for op in self.graph.get_operations() if op.type in CALLS]
         found = import_program(self.graph_def, feed, [*names, *calls])
         for name in calls:

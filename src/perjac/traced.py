@@ -23,6 +23,7 @@ from perjac.inputs import Batch
 from perjac.layout import Relabelling
 from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
 from perjac.seeds import Seeds
+from perjac.shapes import size
 from perjac.sources import Source
 from perjac.tape import Tape
 from perjac.trace import Callee, Program
@@ -145,6 +146,17 @@ class Traced:
             return find(*self._callee(tf.nest.pack_sequence_as(self._structure, list(inputs))))
 
         return call
+
+    def footprint(self, head: str) -> int:
+        """Return the bytes that all tensors on the way to an output take for one example."""
+        graph, extents = self.program.graph, self.program.extents
+        needed = sites.upstream(self.program, [head])
+        tensors = [t for op in graph.get_operations() if op.name in needed for t in op.outputs]
+        return sum(
+            extents[t.name].fold * size(extents[t.name].rest) * t.dtype.size
+            for t in tensors
+            if t.name in extents
+        )
 
     def outputs(self, head: str, batch: Batch) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""

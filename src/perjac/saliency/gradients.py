@@ -8,21 +8,28 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.explained import Explained
 
 
-def gradient(engine: Engine, x: Any, target: Any = "predicted") -> Attribution:
+def gradient(
+    engine: Engine, x: Any, target: Any = "predicted", *, wrt: Any = "inputs", of: Any = None
+) -> Attribution:
     """Return the gradient of the target output with respect to the input, signed, all channels.
 
     Parameters
     ----------
     engine : Engine
-        The model, with a single floating input.
-    x : array (B, *input_shape)
+        The model.
+    x : array (B, *input_shape), or list, tuple or dict of arrays
         Examples.
     target : int, array of int (B,), "predicted", "all", or array (B, *output_shape)
         Which output: one for all, one for each example, the largest, every one, or a direction.
+    wrt : str, Activation, or list of str
+        What is looked at: "inputs" (all floating ones), an input by name, or a hidden layer's
+        output, `pj.activation("embedding")`.
+    of : str, int or layer, optional
+        Which head, where the model has several; "logits" for what a final softmax is taken of.
 
     Returns
     -------
@@ -34,7 +41,7 @@ def gradient(engine: Engine, x: Any, target: Any = "predicted") -> Attribution:
     OutOfRangeError
         If a target does not exist.
     InputError
-        If the model has several inputs, or `target` is something else.
+        If `target` or `wrt` is something else.
 
     Examples
     --------
@@ -48,36 +55,51 @@ def gradient(engine: Engine, x: Any, target: Any = "predicted") -> Attribution:
     ----------
     Simonyan et al. 2013, Deep Inside Convolutional Networks.
     """
-    chosen, asked = _rows(engine, x, target)
-    jac = engine.jacobian(x, wrt="inputs", **asked)
-    if len(jac) != 1:
-        raise InputError(
-            f"Expected a model of one input. It has {len(jac)}: {', '.join(map(repr, jac))}. Use "
-            "engine.jacobian(x, wrt=name) for one of them."
-        )
-    (rows,) = jac.values()
-    batch, count, _ = jac.shape
-    values = tf.reshape(rows, [batch, count, *rows.shape[1 + len(jac.row_shape) :]])
-    if not (isinstance(target, str) and target == "all"):
-        values = values[:, 0]
-    return Attribution("gradient", values, chosen, jac.outputs, tf.convert_to_tensor(x))
+    explained = Explained(engine, x, target, wrt, of)
+    return explained.attribution("gradient", at_the_examples(explained))
 
 
-def _rows(engine: Engine, x: Any, target: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the targets as numbers (B,) where they are, and what to ask the engine for."""
-    if isinstance(target, str):
-        if target == "all":
-            return "all", {}
-        if target != "predicted":
-            raise InputError(
-                "Expected target= an int, one int for each example, 'predicted', 'all', or "
-                f"cotangents. Received: {target!r}."
-            )
-        outputs = engine.outputs(x)
-        flat = tf.reshape(outputs, [outputs.shape[0], -1])
-        best = tf.argmax(flat, 1, output_type=tf.int32).numpy()
-        return best, {"outputs": best}
-    array = np.asarray(target)
-    if array.dtype.kind in "iu" and array.ndim <= 1:
-        return array, {"outputs": target if array.ndim == 0 else array}
-    return "directions", {"cotangents": tf.convert_to_tensor(target)[:, None]}
+def input_x_gradient(
+    engine: Engine, x: Any, target: Any = "predicted", *, wrt: Any = "inputs", of: Any = None
+) -> Attribution:
+    """Return the gradient times the input: what each entry adds, where the model is linear.
+
+    Parameters
+    ----------
+    engine, x, target, wrt, of
+        As in `gradient`.
+
+    Returns
+    -------
+    Attribution
+        `values` of shape (B, *input_shape); (B, C, *input_shape) for "all".
+
+    Examples
+    --------
+    >>> import keras, numpy as np, perjac as pj
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> x = np.ones((2, 4), "float32")
+    >>> pj.saliency.input_x_gradient(pj.Engine(model), x, target=0).values.shape
+    TensorShape([2, 4])
+
+    References
+    ----------
+    Shrikumar et al. 2016, Not Just a Black Box; Ancona et al. 2018, section 2.
+    """
+    explained = Explained(engine, x, target, wrt, of)
+    values = [
+        tf.expand_dims(x, 1) * g
+        for x, g in zip(explained.values, at_the_examples(explained), strict=True)
+    ]
+    return explained.attribution("input_x_gradient", values)
+
+
+def at_the_examples(explained: Explained) -> list[tf.Tensor]:
+    """Return the target's gradients at the examples themselves, each (B, M, *shape)."""
+    parts = []
+    for owners in explained.chunks(explained.size):
+        points = [tf.gather(value, owners) for value in explained.values]
+        parts.append(explained.at(points, owners)[1])
+    if not parts:  # no examples
+        parts = [explained.at(explained.values, np.arange(0))[1]]
+    return [tf.concat(gradients, 0) for gradients in zip(*parts, strict=True)]

@@ -1,0 +1,245 @@
+"""What a method explains: a target of each example, and its derivative at any inputs like those.
+
+Methods look at many points around each example; everything about targets, inputs that stay as they
+are, chunks and memory is settled here, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from perjac import memory
+from perjac.engine import Engine
+from perjac.errors import InputError
+from perjac.inputs import Batch
+from perjac.naming import before_link
+from perjac.saliency.attribution import Attribution
+from perjac.saliency.tail import after
+from perjac.shapes import known
+from perjac.sources import Activation
+
+# Points asked about at a time, where memory does not set a lower limit.
+_POINTS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Which outputs are explained, for each example.
+
+    Attributes
+    ----------
+    kind : str
+        "one" output for all examples, "each" example's own, "all" outputs, or "directions".
+    chosen : array or None
+        The number; the numbers (B,); nothing; or cotangents (B, *output_shape).
+    count : int
+        M, maps for each example.
+    shape : tuple of int
+        The output's, for one example.
+    """
+
+    kind: str
+    chosen: Any
+    count: int
+    shape: tuple[int, ...]
+
+    def asked(self, owners: np.ndarray) -> dict[str, Any]:
+        """Return what to ask an engine for at points that belong to examples `owners` (N,)."""
+        if self.kind == "all":
+            return {}
+        if self.kind == "one":
+            return {"outputs": int(self.chosen)}
+        if self.kind == "each":
+            return {"outputs": self.chosen[owners]}
+        return {"cotangents": tf.gather(self.chosen, owners)[:, None]}
+
+    def of(self, outputs: tf.Tensor, owners: np.ndarray) -> tf.Tensor:
+        """Return the numbers that are explained, (N, M), of outputs (N, *output_shape)."""
+        flat = tf.reshape(outputs, [len(owners), -1])
+        if self.kind == "all":
+            return flat
+        if self.kind == "one":
+            return flat[:, int(self.chosen)][:, None]
+        if self.kind == "each":
+            return tf.gather(flat, self.chosen[owners], axis=1, batch_dims=1)[:, None]
+        u = tf.reshape(tf.gather(self.chosen, owners), [len(owners), -1])
+        return tf.reduce_sum(flat * tf.cast(u, flat.dtype), 1, keepdims=True)
+
+
+class Explained:
+    """A model, a batch of examples, and what is explained of them.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    x : array, or list, tuple or dict of arrays, or Call
+        B examples.
+    target : int, array of int (B,), "predicted", "all", or array (B, *output_shape)
+        Which outputs.
+    wrt : str, Activation, or list of str
+        What is looked at: "inputs" (all floating ones), inputs by name, or a hidden layer's output,
+        from which on the model is then run.
+    of : str, int or layer, optional
+        As in `Engine.jacobian`; "logits" for what a final softmax or sigmoid is taken of.
+
+    Attributes
+    ----------
+    names : list of str
+        Of what is looked at.
+    values : list of tf.Tensor
+        It at the examples, each (B, *shape).
+    outputs : tf.Tensor
+        The model's outputs, (B, *output_shape).
+    target : Target
+        What is explained.
+    link : str
+        "Softmax", "LogSoftmax" or "Sigmoid" where the outputs explained are the result of one.
+    """
+
+    def __init__(self, engine: Engine, x: Any, target: Any, wrt: Any = "inputs", of: Any = None):
+        self._of = of
+        if isinstance(wrt, Activation):
+            engine, given = after(engine, wrt, x)
+            batch = engine.traces.prepare(given)
+            self._places, self.names = [0], [wrt.layer]
+        else:
+            batch = engine.traces.prepare(x)
+            self._places = _places(batch, wrt)
+            self.names = [batch.names[n] for n in self._places]
+        self._engine, self._batch = engine, batch
+        self._sources = [batch.names[n] for n in self._places]
+        self.values = [batch.tensors[n] for n in self._places]
+        self.outputs = engine.outputs(batch.packed, of=of)
+        traced, names = engine.traces.of(batch)
+        self._each = traced.footprint(names.head(of))
+        self.link = "" if of == "logits" else before_link(traced.program, names.head(of))[1]
+        self.target = make_target(target, self.outputs)
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self._batch.size
+
+    def chunks(self, points: int) -> Iterator[np.ndarray]:
+        """Cut the numbers 0 to `points` - 1 into runs that may be asked about at once."""
+        for start in range(0, points, self._at_once):
+            yield np.arange(start, min(start + self._at_once, points))
+
+    def at(
+        self, points: Sequence[tf.Tensor], owners: np.ndarray
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Return the target and its gradient at other points.
+
+        Parameters
+        ----------
+        points : sequence of tf.Tensor
+            In place of `values`, each (N, *shape).
+        owners : array of int (N,)
+            Which example each point belongs to: its target, and its inputs that are not looked at.
+
+        Returns
+        -------
+        values : tf.Tensor
+            (N, M).
+        gradients : list of tf.Tensor
+            One for each of `names`, (N, M, *shape).
+        """
+        jac = self._engine.jacobian(
+            self._packed(points, owners),
+            wrt=self._sources,
+            of=self._of,
+            **self.target.asked(owners),
+        )
+        count = len(owners)
+        gradients = [
+            tf.reshape(jac[name], [count, self.target.count, *value.shape[1:]])
+            for name, value in zip(self._sources, self.values, strict=True)
+        ]
+        return self.target.of(jac.outputs, owners), gradients
+
+    def forward(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> tf.Tensor:
+        """Return the target at other points, (N, M), without a gradient."""
+        outputs = self._engine.outputs(self._packed(points, owners), of=self._of)
+        return self.target.of(outputs, owners)
+
+    def attribution(self, method: str, values: Sequence[tf.Tensor], **more: Any) -> Attribution:
+        """Return a method's answer: values (B, M, *shape) for each of `names`, and what is more."""
+        alone = self.target.kind != "all"
+        shown = [v[:, 0] if alone else v for v in values]
+        found = dict(zip(self.names, shown, strict=True))
+        x = dict(zip(self.names, self.values, strict=True))
+        kinds = {"all": "all", "directions": "directions"}
+        link = f"probabilities, after {self.link}" if self.link else "outputs"
+        return Attribution(
+            method=method,
+            values=shown[0] if len(shown) == 1 else found,
+            target=kinds.get(self.target.kind, self.target.chosen),
+            outputs=self.outputs,
+            x=self.values[0] if len(x) == 1 else x,
+            explained="logits" if self._of == "logits" else link,
+            **more,
+        )
+
+    def _packed(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> Any:
+        moved = dict(zip(self._places, points, strict=True))
+        leaves = [
+            moved[n] if n in moved else tf.gather(tensor, owners)
+            for n, tensor in enumerate(self._batch.tensors)
+        ]
+        return tf.nest.pack_sequence_as(self._batch.structure, leaves)
+
+    @property
+    def _at_once(self) -> int:
+        """How many points fit into the memory limit, with every tensor of the model at each."""
+        allowed = memory.limit(self._engine.memory_limit)
+        each = max(self._each * (1 + self.target.count), 1)
+        return _POINTS if allowed is None else max(1, min(_POINTS, allowed // each))
+
+
+def make_target(target: Any, outputs: tf.Tensor) -> Target:
+    """Return the outputs that a `target` means, for outputs (B, *output_shape)."""
+    shape = known(outputs.shape[1:])
+    if isinstance(target, str):
+        if target == "all":
+            return Target("all", None, int(np.prod(shape)), shape)
+        if target != "predicted":
+            raise InputError(
+                "Expected target= an int, one int for each example, 'predicted', 'all', or "
+                f"cotangents. Received: {target!r}."
+            )
+        flat = tf.reshape(outputs, [outputs.shape[0], -1])
+        return Target("each", np.asarray(tf.argmax(flat, 1)), 1, shape)
+    array = np.asarray(target)
+    if array.dtype.kind in "iu" and array.ndim == 0:
+        return Target("one", int(array), 1, shape)
+    if array.dtype.kind in "iu" and array.ndim == 1:
+        return Target("each", array, 1, shape)
+    if array.shape != tuple(outputs.shape):
+        raise InputError(
+            f"Expected target= as directions of shape {tuple(outputs.shape)}, or as numbers of "
+            f"outputs. Received: an array of shape {array.shape} and type {array.dtype}."
+        )
+    return Target("directions", tf.cast(target, outputs.dtype), 1, shape)
+
+
+def _places(batch: Batch, wrt: Any) -> list[int]:
+    """Return which of the batch's tensors are looked at."""
+    floating = [n for n, tensor in enumerate(batch.tensors) if tensor.dtype.is_floating]
+    if isinstance(wrt, str) and wrt == "inputs":
+        if not floating:
+            raise InputError(
+                "The model has no input of real numbers to look at. Look at what turns its "
+                'integers into numbers: wrt=pj.activation("embedding").'
+            )
+        return floating
+    wanted = [wrt] if isinstance(wrt, str) else list(wrt)
+    unknown = [name for name in wanted if name not in batch.names]
+    if unknown:
+        raise InputError(f"There is no input {unknown[0]!r}. There are: {list(batch.names)}.")
+    return [batch.names.index(name) for name in wanted]

@@ -1,0 +1,55 @@
+"""A model from a hidden layer's output on: what methods move about where inputs are integers."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import tensorflow as tf
+
+from perjac.engine import Engine
+from perjac.errors import InputError
+from perjac.sources import Activation
+
+_MADE: weakref.WeakKeyDictionary[Engine, dict[Any, Engine]] = weakref.WeakKeyDictionary()
+
+
+def after(engine: Engine, activation: Activation, x: Any) -> tuple[Engine, list[tf.Tensor]]:
+    """Return an engine of the model from a hidden layer's output on, and what to give it.
+
+    Parameters
+    ----------
+    engine : Engine
+        Of the whole model.
+    activation : Activation
+        Whose output takes the place of an input.
+    x : array, or list, tuple or dict of arrays, or Call
+        B examples.
+
+    Returns
+    -------
+    tail : Engine
+        Of a function of [the layer's output, *the model's inputs], with the same heads.
+    given : list of tf.Tensor
+        These at the examples, the layer's output (B, *shape) first.
+    """
+    batch = engine.traces.prepare(x)
+    traced, names = engine.traces.of(batch)
+    tensor = names.head(activation)
+    value = traced.outputs(tensor, batch)
+    if not value.dtype.is_floating:
+        raise InputError(f"The output of layer {activation.layer!r} is of type {value.dtype.name}.")
+    made = _MADE.setdefault(engine, {})
+    key = activation, batch.signature
+    if key not in made:
+        whole = traced.program
+        program = whole.origin or whole
+        moved = whole.counterpart(tensor, program)
+
+        def rest(leaves: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+            wanted = program.heads
+            found = program.replay(leaves[1:], {}, list(wanted.values()), {moved: leaves[0]})
+            return {name: found[there] for name, there in wanted.items()}
+
+        made[key] = Engine(rest, memory_limit=engine.memory_limit)
+    return made[key], [value, *batch.tensors]

@@ -1,0 +1,112 @@
+"""A model and every trace of it: one for each shape of example, and for each loss behind it.
+
+Turns what users hand over into batches and traces; must not know what will be asked of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import binding, host, inputs
+from perjac import trace as tracing
+from perjac.errors import InputError
+from perjac.losses import Objective
+from perjac.naming import Names
+from perjac.normalise import normalise
+from perjac.traced import Traced
+
+
+class Traces:
+    """A model bound once.
+
+    Parameters
+    ----------
+    model : keras.Model, keras.Layer, tf.Module or callable
+        What is traced.
+    variables : sequence of variables or None
+        As `Engine` takes them.
+    training : bool
+        Whether to run the model in training mode.
+    path : str
+        "auto", "factored" or "tape".
+    compiles : bool
+        Whether XLA may compile.
+
+    Attributes
+    ----------
+    weights : Weights
+        The model's variables.
+    expected : list of inputs.Expected
+        The inputs that it declares.
+    """
+
+    def __init__(
+        self, model: Any, variables: Sequence[Any] | None, training: bool, path: str, compiles: bool
+    ):
+        self._model, self._path, self._compiles = model, path, compiles
+        self.weights = binding.weights_of(model, variables)
+        self.expected = inputs.declared(model)
+        self._callee = tracing.Callee(
+            binding.function_of(model, training), model if host.is_layer(model) else None
+        )
+        self._made: dict[tuple, tuple[Traced, Names]] = {}
+
+    @property
+    def floating(self) -> tf.DType | None:
+        """The weights' floating type, which data takes where the model declares none."""
+        dtypes = [host.tf_variable(v).dtype for v in self.weights.variables]
+        return next((d for d in dtypes if d.is_floating), None)
+
+    def prepare(self, x: Any) -> inputs.Batch:
+        """Return the user's examples as a batch that fits the model."""
+        return inputs.prepare(x, self.expected, self.floating)
+
+    def of(self, batch: inputs.Batch, objective: Objective | None = None) -> tuple[Traced, Names]:
+        """Return the trace for such a batch: of the model, or of the loss of (x, y, weights)."""
+        key = (batch.signature, objective and objective.key)
+        if key not in self._made:
+            callee = self._callee if objective is None else self._with_loss(objective)
+            program = normalise(tracing.trace(callee, batch.specs, batch.structure, self.weights))
+            names = batch.names[: batch.inputs]
+            self._made[key] = (
+                Traced(callee, program, batch.structure, self._path, self._compiles),
+                Names(program, self.weights, self._model, names),
+            )
+        return self._made[key]
+
+    def without_xla(self) -> None:
+        """Forget every trace, and let XLA compile none of the next ones.
+
+        TensorFlow does not let two graphs define a loop's functions under the same names.
+        """
+        self._compiles = False
+        self._made.clear()
+
+    def example(self) -> Any:
+        """Return one example of the shape that the model declares.
+
+        Raises
+        ------
+        InputError
+            If it declares none.
+        """
+        if not self.expected or any(None in e.shape[1:] for e in self.expected):
+            raise InputError(
+                "The model does not declare the shapes of its inputs: give an example batch, x=."
+            )
+        arrays = [tf.zeros([1, *e.shape[1:]], e.dtype) for e in self.expected]
+        return arrays[0] if len(arrays) == 1 else arrays
+
+    def _with_loss(self, objective: Objective) -> tracing.Callee:
+        """Return the model with its loss behind it: (x, y, sample_weight) to {"loss": (B,)}."""
+        callee = self._callee
+
+        def losses(arguments: Any) -> dict[str, tf.Tensor]:
+            x, y, sample_weight = arguments
+            outputs = callee.function(x)
+            return {"loss": objective(outputs, callee.heads(outputs), y, sample_weight)}
+
+        return tracing.Callee(losses, callee.model)
