@@ -54,8 +54,13 @@ ON_THE_TAPE = {
 REFUSED = "cond on the batch"
 
 
+# More than 50 s each, most of it the oracle's: `make zoo` runs them, `make test` has 20 minutes.
+LONG = ("NASNetMobile", "DenseNet121", "InceptionResNetV2")
+
+
 def marks(entry: zoo.entry.Entry) -> list:
-    if entry.family == "applications" and entry.name not in applications.SMALLEST:
+    small = entry.name in applications.SMALLEST and entry.name not in LONG
+    if entry.family == "applications" and not small:
         return [pytest.mark.large]
     return [pytest.mark.slow]
 
