@@ -1,4 +1,4 @@
-"""Gradient statistics in TensorBoard: right, read back from the files, and without a trace."""
+"""Gradients and saliency in TensorBoard: right, read back from the files, and without a trace."""
 
 import builtins
 
@@ -9,7 +9,14 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import perjac as pj
-from perjac.errors import InputError, MissingExtraError, OutOfRangeError, PerjacWarning
+from perjac.errors import (
+    InputError,
+    MissingExtraError,
+    OutOfRangeError,
+    PerjacWarning,
+    UnknownNameError,
+)
+from perjac.saliency import METHODS, pictures
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 rng = np.random.default_rng(0)
@@ -44,9 +51,9 @@ def stateful():
     return model
 
 
-def read(folder):
+def read(folder, kind="gradients"):
     """Return what is in the event files: {tag: {step: array}}."""
-    events = EventAccumulator(str(folder / "gradients"), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(folder / kind), size_guidance={"tensors": 0})
     events.Reload()
     return {
         tag: {e.step: tf.make_ndarray(e.tensor_proto) for e in events.Tensors(tag)}
@@ -213,3 +220,120 @@ def test_without_tensorboard_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(MissingExtraError, match=r'pip install "perjac\[tensorboard\]"'):
         pj.callbacks.GradientStatistics(X, Y)
+    with pytest.raises(MissingExtraError, match=r'pip install "perjac\[tensorboard\]"'):
+        pj.callbacks.SaliencyMaps(X)
+
+
+def images(logged, name, step):
+    """Return the pictures logged under a name, (B, height, width, 3) of 0 to 255."""
+    return np.stack([tf.io.decode_png(p).numpy() for p in logged[name][step][2:]]).astype(int)
+
+
+@pytest.mark.parametrize("make", [plain, stateful])
+@pytest.mark.parametrize("method", [m for m in ("gradient", "smoothgrad") if m in METHODS])
+def test_training_goes_as_without_maps(make, method, tmp_path):
+    watched, alone, told = make(), make(), []
+    for model in (watched, alone):
+        keras.utils.set_random_seed(1)
+        maps = pj.callbacks.SaliencyMaps(X, method, "all", tmp_path, every=2, limit=3)
+        given = [maps] if model is watched else []
+        told.append(model.fit(X, Y, epochs=2, batch_size=16, verbose=0, callbacks=given).history)
+    assert told[0] == told[1]
+    for one, other in zip(alone.variables, watched.variables, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert list(read(tmp_path, "saliency")[f"saliency/{method}"]) == [2, 4, 6]
+
+
+def test_maps_are_logged_beside_the_inputs(tmp_path):
+    model = plain()
+    maps = pj.callbacks.SaliencyMaps(X, log_dir=tmp_path, limit=4, channels="sum")
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[maps])
+    logged = read(tmp_path, "saliency")
+    shown = images(logged, "saliency/gradient", 1)
+    att = pj.saliency.gradient(pj.Engine(model), X[:4])
+    times = 22  # pixels of 6 x 5, enlarged to 128 at least
+    assert shown.shape == (4, 6 * times, 2 * 5 * times + 4, 3)
+    assert shown[:, :, 5 * times : 5 * times + 4].min() == 255
+    small = shown[:, ::times]
+    np.testing.assert_allclose(small[:, :, : 5 * times : times, :1], X[:4] * 255, atol=1)
+    values = att.reduce()
+    for n in range(4):
+        end = pictures.limit(values[n])
+        expected = pictures.PALETTE[pictures.numbers(values[n], end)].astype(int)
+        found = small[n, :, 5 * times + 4 :: times]
+        assert np.abs(found - expected).max() <= 4  # a colour next to it, where rounding falls so
+    ends = [pictures.limit(value) for value in values]
+    np.testing.assert_allclose(logged["saliency_scale/gradient"][1], np.mean(ends), rtol=1e-4)
+    assert not np.array_equal(images(logged, "saliency/gradient", 0), shown)  # it did learn
+
+
+def test_maps_of_the_whole_zoo_of_inputs(tmp_path):
+    image, row = keras.Input((4, 4, 3), name="image"), keras.Input((7,), name="row")
+    volume, steps = keras.Input((3, 4, 4, 1), name="volume"), keras.Input((9, 2), name="steps")
+    inputs = [image, row, volume, steps]
+    flat = keras.layers.Concatenate()([keras.layers.Flatten()(i) for i in inputs])
+    model = keras.Model(inputs, keras.layers.Dense(12)(flat))
+    model.compile("sgd", LOSS)
+    x = [rng.uniform(size=(5, *i.shape[1:])).astype("f4") for i in inputs]
+    y = rng.integers(0, 12, 5)
+    maps = pj.callbacks.SaliencyMaps(x, "input_x_gradient", "all", tmp_path, limit=2)
+    model.fit(x, y, verbose=0, callbacks=[maps])
+    logged = read(tmp_path, "saliency")
+    for name in ("image", "row", "volume", "steps"):
+        shown = images(logged, f"saliency/input_x_gradient/{name}", 0)
+        assert len(shown) == 2
+        assert min(shown.shape[1:3]) >= 16
+        assert np.ptp(shown) > 100
+    assert images(logged, "saliency/input_x_gradient/image", 0).shape[2] == 11 * 128 + 10 * 4
+
+
+def test_maps_of_words_and_of_logits(tmp_path):
+    ids = keras.Input((6,), dtype="int32")
+    flat = keras.layers.Flatten()(keras.layers.Embedding(9, 4, name="embed")(ids))
+    model = keras.Model(ids, keras.layers.Dense(3, activation="softmax")(flat))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    x, y = rng.integers(0, 9, (5, 6)), rng.integers(0, 3, 5)
+    maps = pj.callbacks.SaliencyMaps(
+        x,
+        target=[0, 2, 1, 0, 0],
+        log_dir=tmp_path,
+        limit=3,
+        of="logits",
+        wrt=pj.activation("embed"),
+    )
+    model.fit(x, y, verbose=0, callbacks=[maps])
+    att = pj.saliency.gradient(
+        pj.Engine(model), x[:3], [0, 2, 1], of="logits", wrt=pj.activation("embed")
+    )
+    ends = [pictures.limit(value) for value in np.asarray(att.values)]
+    scale = read(tmp_path, "saliency")["saliency_scale/gradient"][0]
+    np.testing.assert_allclose(scale, np.mean(ends), rtol=1e-4)
+
+
+def test_maps_of_a_diverging_model_do_not_stop_training(tmp_path):
+    model = plain(keras.optimizers.SGD(np.inf))
+    maps = pj.callbacks.SaliencyMaps(X, log_dir=tmp_path)
+    with pytest.warns(PerjacWarning, match="Saliency maps are not logged, from step 0 on") as given:
+        model.fit(X, Y, epochs=3, verbose=0, callbacks=[maps])
+    assert sum(issubclass(w.category, PerjacWarning) for w in given) == 1
+
+
+def test_maps_that_cannot_be_are_refused_before_training(tmp_path):
+    for words, options in {
+        "every= as 'epoch'": {"every": 0},
+        "limit= as an int of 1": {"limit": 0},
+        "Take a batch of it": {"x": tf.data.Dataset.from_tensor_slices(X)},
+        "of one number. Received: [3, 8]": {"x": [X, X[:3]]},
+        "'abs-max'": {"channels": "none"},
+        "Received: 'max'": {"channels": "max"},
+        "gradient does not take the option 'stairs'": {"stairs": 3},
+    }.items():
+        with pytest.raises(InputError) as said:
+            pj.callbacks.SaliencyMaps(**{"x": X, "log_dir": tmp_path} | options)
+        assert words in str(said.value)
+    with pytest.raises(UnknownNameError, match="Nearest: 'gradient'"):
+        pj.callbacks.SaliencyMaps(X, "gradints", log_dir=tmp_path)
+    model = plain()
+    maps = pj.callbacks.SaliencyMaps(X, target=7, log_dir=tmp_path)
+    with pytest.raises(OutOfRangeError, match="0 to 2"):
+        model.fit(X, Y, verbose=0, callbacks=[maps])

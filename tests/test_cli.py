@@ -91,7 +91,130 @@ def test_saliency_writes_a_picture_for_each_image_with_the_oracles_values(folder
         np.testing.assert_allclose(
             saved["values"][n], tape.gradient(top, x)[0], rtol=1e-4, atol=1e-6
         )
-    assert (out / "index.html").read_text().count("data:image/png;base64,") == 3
+    assert (out / "index.html").read_text().count("data:image/png;base64,") == 6
+
+
+def test_saliency_of_all_outputs_by_several_methods(folder, capfd):
+    import perjac as pj
+
+    out = folder / "several"
+    status, said, _ = run(
+        capfd, "saliency", folder / "model.keras", folder / "x.npy", "-o", out, "--target", "all",
+        "--method", "gradient,input_x_gradient", "--channels", "abs-max", "--batch-size", 3,
+    )  # fmt: skip
+    assert status == 0, said
+    assert "Wrote 10 pictures" in said
+    assert "Explained: outputs." in said
+    both = ("gradient", "input_x_gradient")
+    expected = {f"example_{n}_{method}.png" for n in range(5) for method in both}
+    assert {p.name for p in out.glob("*.png")} == expected
+    saved, x = np.load(out / "values.npz"), np.load(folder / "x.npy")
+    engine = pj.Engine(keras.models.load_model(folder / "model.keras", compile=False))
+    for method in both:
+        att = pj.saliency.METHODS[method](engine, x, target="all")
+        np.testing.assert_allclose(saved[f"values/{method}"], att.values, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(saved["outputs"], att.outputs, rtol=1e-5)
+    assert list(saved["about/names"]) == list("01234")
+    assert list(saved["about/methods"]) == list(both)
+
+
+def test_a_softmax_is_noticed_and_logits_are_explained_on_request(folder, capfd):
+    inside = keras.models.load_model(folder / "model.keras", compile=False)
+    keras.Sequential([inside, keras.layers.Softmax()]).save(folder / "soft.keras")
+    arguments = ["saliency", folder / "soft.keras", folder / "x.npy", "-o", folder / "soft"]
+    status, said, _ = run(capfd, *arguments)
+    assert status == 0
+    assert "Explained: probabilities, after Softmax." in said
+    assert "--of logits" in said
+    status, said, _ = run(capfd, *arguments, "--of", "logits")
+    assert status == 0
+    assert "Explained: logits." in said
+    assert "--of logits" not in said
+    saved = np.load(folder / "soft" / "values.npz")
+    np.testing.assert_allclose(saved["outputs"], inside(np.load(folder / "x.npy")), rtol=1e-5)
+    np.testing.assert_array_equal(saved["target"], saved["outputs"].argmax(1))
+
+
+def test_saliency_of_an_embedding_and_of_several_inputs(folder, capfd):
+    ids, number = keras.Input((7,), dtype="int32", name="ids"), keras.Input((2,), name="number")
+    words = keras.layers.Embedding(20, 4, name="embed")(ids)
+    top = keras.layers.Dense(3)(keras.layers.Flatten()(words))
+    keras.Model(ids, top).save(folder / "text.keras")
+    np.save(folder / "ids.npy", np.arange(14).reshape(2, 7))
+    text = ["saliency", folder / "text.keras", folder / "ids.npy", "-o", folder / "text"]
+    assert run(capfd, *text, "--wrt", "embed")[0] == 0
+    assert np.load(folder / "text" / "values.npz")["values"].shape == (2, 7, 4)
+    assert ">13</span>" in (folder / "text" / "index.html").read_text()
+    image = keras.Input((4, 4, 1), name="image")
+    flat = keras.layers.Concatenate()([keras.layers.Flatten()(image), number])
+    keras.Model([image, number], keras.layers.Dense(2)(flat)).save(folder / "two.keras")
+    np.savez(folder / "two.npz", image=np.ones((3, 4, 4, 1), "f4"), number=np.ones((3, 2), "f4"))
+    two = ["saliency", folder / "two.keras", folder / "two.npz", "-o", folder / "two"]
+    assert run(capfd, *two, "--target", "all")[0] == 0
+    saved = np.load(folder / "two" / "values.npz")
+    assert saved["values/image"].shape == (3, 2, 4, 4, 1)
+    assert saved["values/number"].shape == (3, 2, 2)
+    assert (folder / "two" / "example_2_number.png").exists()
+    assert run(capfd, *two, "--wrt", "number")[0] == 0
+    assert np.load(folder / "two" / "values.npz")["values"].shape == (3, 2)
+
+
+def test_options_go_to_the_methods_that_take_them(folder, capfd, monkeypatch):
+    from perjac import saliency
+
+    asked = []
+
+    def along(engine, x, target="predicted", *, steps=50, seed=0):
+        asked.append((target, steps, seed))
+        return saliency.gradient(engine, x, target)
+
+    def against(engine, x, background, target="predicted"):
+        asked.append(background.shape)
+        return saliency.gradient(engine, x, target)
+
+    monkeypatch.setitem(saliency.METHODS, "against", against)
+    monkeypatch.setitem(saliency.METHODS, "along", along)
+    arguments = ["saliency", folder / "model.keras", folder / "x.npy", "-o", folder / "along"]
+    status, said, _ = run(capfd, *arguments, "--method", "gradient, along", "--steps", 7)
+    assert (status, asked) == (0, [("predicted", 7, 0)])
+    assert "--steps is for along alone." in said
+    status, _, complaint = run(capfd, *arguments, "--method", "gradient", "--steps", 7)
+    assert status == 2
+    assert "gradient does not take the option 'steps'. Methods that take it: " in complaint
+    assert "along" in complaint
+    status, _, complaint = run(capfd, *arguments, "--method", "along", "--wrt", "inputs")
+    assert status == 2
+    assert "along does not take the option 'wrt'" in complaint
+    status, _, complaint = run(capfd, *arguments, "--method", "against")
+    assert (status, complaint) == (2, "Error: against needs the option 'background'.\n")
+    background = ["--background", folder / "x.npy"]
+    assert run(capfd, *arguments, "--method", "against", *background)[0] == 0
+    assert asked[1:] == [(5, 6, 5, 1)]
+
+
+def test_saliency_keeps_what_is_finished(folder, capfd, monkeypatch):
+    from perjac import saliency
+
+    calls = []
+
+    def interrupted(engine, x, target="predicted"):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return saliency.gradient(engine, x, target)
+
+    monkeypatch.setitem(saliency.METHODS, "interrupted", interrupted)
+    out = folder / "cut"
+    status, _, complaint = run(
+        capfd, "saliency", folder / "model.keras", folder / "x.npy", "-o", out,
+        "--method", "interrupted", "--batch-size", 2,
+    )  # fmt: skip
+    assert (status, complaint) == (130, "Interrupted. What was finished is kept.\n")
+    saved = np.load(out / "values.npz")
+    assert saved["values"].shape == (4, 6, 5, 1)
+    assert list(saved["about/names"]) == list("0123")
+    assert len(list(out.glob("*.png"))) == 4
+    assert (out / "index.html").read_text().count('<article class="card">') == 4
 
 
 @pytest.mark.parametrize("ending", ["keras", "h5"])
@@ -309,6 +432,11 @@ def test_bad_input_is_one_clean_line_and_status_2(folder, capfd):
         "batch axis": ["verify", model, folder / "single.npy"],
         "0 to 3": ["saliency", model, x, "-o", maps, "--target", "9"],
         "no method 'magic'": ["saliency", model, x, "-o", maps, "--method", "magic"],
+        "Nearest: 'gradient'": ["saliency", model, x, "-o", maps, "--method", "gradeint"],
+        "different methods": ["saliency", model, x, "-o", maps, "--method", "gradient,gradient"],
+        "predicted, all or a number": ["saliency", model, x, "-o", maps, "--target", "best"],
+        "'abs-max', 'l2'": ["saliency", model, x, "-o", maps, "--channels", "max"],
+        "no layer 'nowhere'": ["saliency", model, x, "-o", maps, "--wrt", "nowhere"],
         "There is no weight": ["jacobian", model, x, "-o", j, "--wrt", "nope"],
         "no folder": ["jacobian", model, x, "-o", folder / "nowhere" / "j.npz"],
         ".npz or .zarr": ["jacobian", model, x, "-o", folder / "j.txt"],

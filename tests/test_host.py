@@ -82,3 +82,13 @@ def test_a_wrapped_loss_brings_labels_to_the_outputs_rank():
 @pytest.mark.parametrize("name", [*host.ALIKE.values(), *host.FIRST.values()])
 def test_gradients_registered_by_name_are_found(name):
     assert callable(host.registered_gradient(name.encode()))
+
+
+def test_one_operation_can_be_differentiated_by_itself():
+    @tf.function
+    def twice(x):
+        op = tf.nn.relu(x).op
+        assert host.gradient_function(tf.stop_gradient(x).op) is None
+        return host.gradient_function(op)(op, 2 * tf.ones_like(x))
+
+    np.testing.assert_array_equal(twice(tf.constant([-1.0, 3.0])), [0, 2])

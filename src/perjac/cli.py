@@ -291,24 +291,78 @@ def saliency(
     model: Model,
     data: DataPath,
     out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="Folder to write to.")],
-    method: Annotated[str, typer.Option(help="gradient")] = "gradient",
+    method: Annotated[
+        str, typer.Option(help="One, or several: gradient,input_x_gradient")
+    ] = "gradient",
     target: Annotated[str, typer.Option(help="predicted, all, or a number.")] = "predicted",
+    of: Annotated[
+        str | None, typer.Option(help="An output, by name; logits: before a final softmax.")
+    ] = None,
+    wrt: Annotated[
+        str | None, typer.Option(help="inputs (all), or an input or layer by name.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of methods along a path.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of methods that draw.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of methods that draw.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Of methods that look at a layer.")] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Data that expected_gradients compares with.")
+    ] = None,
+    channels: Annotated[
+        str, typer.Option(help="In pictures: sum, mean, abs-max, l2 or none.")
+    ] = "sum",
     batch_size: Batch = 32,
     raw: Raw = False,
     signature: Signature = None,
     allow_code: Code = False,
     log: Log = None,
 ) -> None:
-    """Write a picture for each example, values.npz and index.html."""
-    wanted = target if target in ("predicted", "all") else _numbers(target)[0]
+    """Write a picture for each example and method, values.npz and index.html."""
+    options = {"steps": steps, "samples": samples, "seed": seed, "layer": layer, "of": of}
+    given = {name: value for name, value in options.items() if value is not None}
+    wanted = target if target in ("predicted", "all") else _number(target)
     with _engine(model, signature, log, allow_code) as (screen, engine):
         from perjac.report.gallery import write
+        from perjac.saliency.choice import choose, takes
+        from perjac.saliency.pictures import check_channels
 
+        check_channels(channels)
+        if wrt is not None:
+            given["wrt"] = _looked_at(engine, wrt)
+        if background is not None:
+            given["background"] = _read(screen, engine, background, raw).inputs
+        names = [name.strip() for name in method.split(",")]
+        methods = choose(names, {"target": wanted, **given})
+        for option in given:
+            able = [name for name in names if takes(name, option)]
+            if len(able) < len(names):
+                screen.say(f"--{option} is for {', '.join(able)} alone.")
         read = _read(screen, engine, data, raw)
         _folder(out)
         starts = screen.track(range(0, len(read), batch_size), "Batches")
-        count = write(engine, read, out, method, wanted, starts, batch_size)
-        screen.say(f"Wrote {count} pictures, values.npz and index.html to {out}.")
+        gallery = write(engine, read, out, methods, starts, batch_size, channels)
+        screen.say(f"Wrote {gallery.pictures} pictures, values.npz and index.html to {out}.")
+        screen.say(f"Explained: {gallery.explained}.")
+        if gallery.explained.startswith("probabilities"):
+            screen.say(
+                "Probabilities hardly move where the model is sure: "
+                "--of logits explains what they are made of."
+            )
+
+
+def _looked_at(engine: Any, name: str) -> Any:
+    """Return what --wrt means: all inputs, one of them, or a layer's output."""
+    from perjac import activation
+
+    inputs = [expected.name for expected in engine.expected]
+    return name if name == "inputs" or name in inputs else activation(name)
+
+
+def _number(text: str) -> int:
+    numbers = _numbers(text) if text.lstrip("-").isdigit() else []
+    if len(numbers) != 1:
+        raise InputError(f"Expected --target predicted, all or a number. Received: {text!r}.")
+    return numbers[0]
 
 
 def _numbers(text: str) -> list[int]:

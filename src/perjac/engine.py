@@ -19,7 +19,7 @@ from perjac.losses import Objective, at_least_float32, compiled
 from perjac.normalise import flatten
 from perjac.shapes import known
 from perjac.sources import Source
-from perjac.traced import NotForXla
+from perjac.traced import NotForXla, Traced
 from perjac.traces import Traces
 from perjac.verification import Verification, verify
 
@@ -316,6 +316,21 @@ class Engine:
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
         traced, names = self.traces.of(batch)
         return traced.outputs(names.head(of), batch)
+
+    def checked(self, batch: inputs.Batch, of: Any = None) -> tuple[Traced, str]:
+        """Return the trace for such a batch and an output's tensor, the examples kept apart.
+
+        Raises
+        ------
+        ExamplesMeetError
+            If they are not.
+        """
+        traced, names = self.traces.of(batch)
+        head = names.head(of)
+        if self._check:
+            traced.check_shapes(head)
+            traced.check_data(head, [], batch)
+        return traced, head
 
     def inspect(self, batch_size: int = 32, *, x: Any = None, of: Any = None) -> Inspection:
         """Return how each trainable weight goes: its sites, rules, path, why, and the cost.

@@ -165,6 +165,15 @@ def registered_gradient(name: bytes) -> Callable[..., Any]:
     return framework.gradient_registry.lookup(name.decode())
 
 
+def gradient_function(op: Any) -> Callable[..., Any] | None:
+    """Return an operation's gradient, of it and its cotangents; None where nothing goes through.
+
+    `ops.get_gradient_function` (since TensorFlow 1.0): `tf.gradients` walks whole graphs, and not
+    from inside a loop's body out of it, where one operation's own gradient can be taken.
+    """
+    return framework.get_gradient_function(op)
+
+
 def function_graph(graph: Any, name: str) -> Any:
     """Return the graph that a function was traced in (`Graph._get_function`, since 1.0).
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+from perjac import progress
 from perjac.errors import PerjacWarning
+
+# Seconds between two lines about the same part, where there is no terminal to draw a bar on.
+_QUIET = 5.0
 
 
 class Screen:
@@ -27,17 +32,42 @@ class Screen:
         print(text, file=self._err, flush=True)
 
     def track(self, parts: Sequence[Any], doing: str) -> Iterator[Any]:
-        """Yield the parts with a progress bar on a terminal, and a plain line each elsewhere."""
-        if not self._out.isatty():
+        """Yield the parts with progress bars on a terminal, and plain lines elsewhere.
+
+        What the work on one part tells of itself is shown too, where it takes long.
+        """
+        if self._out.isatty():
+            yield from self._with_bars(parts, doing)
+            return
+        last = time.monotonic()
+
+        def listen(done: int, total: int) -> None:
+            nonlocal last
+            if done < total and time.monotonic() - last > _QUIET:
+                last = time.monotonic()
+                self.say(f"{done:,} of {total:,} points")
+
+        with progress.heard(listen):
             for number, part in enumerate(parts, 1):
                 yield part
                 if len(parts) > 1:
                     self.say(f"{doing}: {number} of {len(parts)}")
-            return
-        from rich.console import Console
-        from rich.progress import track
 
-        yield from track(parts, doing, console=Console(file=self._out))
+    def _with_bars(self, parts: Sequence[Any], doing: str) -> Iterator[Any]:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(file=self._out)) as bars:
+            whole = bars.add_task(doing, total=len(parts))
+            within = bars.add_task("Points", visible=False)
+
+            def listen(done: int, total: int) -> None:
+                bars.update(within, completed=done, total=total, visible=done < total)
+
+            with progress.heard(listen):
+                for part in parts:
+                    yield part
+                    bars.advance(whole)
 
 
 @contextlib.contextmanager

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import memory
+from perjac import memory, progress, seeds
 from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.inputs import Batch
 from perjac.naming import before_link
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.rates import rates
 from perjac.saliency.tail import after
 from perjac.shapes import known
 from perjac.sources import Activation
+from perjac.trace import Program
 
 # Points asked about at a time, where memory does not set a lower limit.
 _POINTS = 512
@@ -127,9 +129,15 @@ class Explained:
         return self._batch.size
 
     def chunks(self, points: int) -> Iterator[np.ndarray]:
-        """Cut the numbers 0 to `points` - 1 into runs that may be asked about at once."""
-        for start in range(0, points, self._at_once):
-            yield np.arange(start, min(start + self._at_once, points))
+        """Cut the numbers 0 to `points` - 1 into runs, one or more, to be asked about at once.
+
+        Of no points there is one run, of none, so that results get their shapes from what a method
+        does for any other run.
+        """
+        for start in range(0, max(points, 1), self._at_once):
+            end = min(start + self._at_once, points)
+            yield np.arange(start, end)
+            progress.tell(end, points)
 
     def at(
         self, points: Sequence[tf.Tensor], owners: np.ndarray
@@ -168,23 +176,118 @@ class Explained:
         outputs = self._engine.outputs(self._packed(points, owners), of=self._of)
         return self.target.of(outputs, owners)
 
-    def attribution(self, method: str, values: Sequence[tf.Tensor], **more: Any) -> Attribution:
-        """Return a method's answer: values (B, M, *shape) for each of `names`, and what is more."""
-        alone = self.target.kind != "all"
-        shown = [v[:, 0] if alone else v for v in values]
-        found = dict(zip(self.names, shown, strict=True))
-        x = dict(zip(self.names, self.values, strict=True))
+    @property
+    def engine(self) -> Engine:
+        """Of the model, or of what follows the hidden layer that is looked at."""
+        return self._engine
+
+    def trace(self) -> tuple[Program, str, Batch, list[int]]:
+        """Return the trace, the output's tensor, the batch, and which of its tensors count.
+
+        Raises
+        ------
+        ExamplesMeetError
+            If examples influence one another.
+        """
+        traced, head = self._engine.checked(self._batch, self._of)
+        return traced.program, head, self._batch, self._places
+
+    @property
+    def at_x(self) -> tf.Tensor:
+        """The target at the examples themselves, (B, M)."""
+        return self.target.of(self.outputs, np.arange(self.size))
+
+    def hidden(
+        self, points: Sequence[tf.Tensor], owners: np.ndarray, activation: Activation
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return a hidden layer's output (N, *shape), and the target's gradient in it.
+
+        Parameters
+        ----------
+        points, owners
+            As in `at`.
+        activation : Activation
+            The hidden layer.
+
+        Returns
+        -------
+        values : tf.Tensor
+            (N, *shape).
+        gradients : tf.Tensor
+            (N, M, *shape).
+        """
+        packed = self._packed(points, owners)
+        asked = self.target.asked(owners)
+        jac = self._engine.jacobian(packed, wrt=activation, of=self._of, **asked)
+        (key,) = jac
+        values = self.hidden_values(points, owners, activation)
+        return values, tf.reshape(jac[key], [len(owners), self.target.count, *values.shape[1:]])
+
+    def hidden_values(
+        self, points: Sequence[tf.Tensor], owners: np.ndarray, activation: Activation
+    ) -> tf.Tensor:
+        """Return a hidden layer's output at points, (N, *shape)."""
+        return self._engine.outputs(self._packed(points, owners), of=activation)
+
+    def hidden_rates(
+        self,
+        points: Sequence[tf.Tensor],
+        directions: Sequence[tf.Tensor],
+        owners: np.ndarray,
+        activation: Activation,
+    ) -> tf.Tensor:
+        """Return how a hidden layer's output (N, *shape) changes as points move in directions."""
+        batch = self._engine.traces.prepare(self._packed(points, owners))
+        moves = dict(zip(self._places, directions, strict=True))
+        return rates(self._engine, activation, batch, moves)
+
+    def attribution(
+        self,
+        method: str,
+        values: Sequence[tf.Tensor],
+        looked_at: dict[str, tf.Tensor] | None = None,
+        **more: Any,
+    ) -> Attribution:
+        """Return a method's answer, and what is more.
+
+        Parameters
+        ----------
+        method : str
+            Its name.
+        values : sequence of tf.Tensor
+            One for each of `names`, (B, M, *shape).
+        looked_at : dict of str to tf.Tensor, optional
+            What the values are about, each (B, *shape), where that is not `values`.
+        **more
+            The rest of an Attribution, shaped as the user shall see it.
+        """
+        x = looked_at or dict(zip(self.names, self.values, strict=True))
         kinds = {"all": "all", "directions": "directions"}
         link = f"probabilities, after {self.link}" if self.link else "outputs"
         return Attribution(
             method=method,
-            values=shown[0] if len(shown) == 1 else found,
+            values=self.arranged(values, x),
             target=kinds.get(self.target.kind, self.target.chosen),
             outputs=self.outputs,
-            x=self.values[0] if len(x) == 1 else x,
+            x=next(iter(x.values())) if len(x) == 1 else x,
             explained="logits" if self._of == "logits" else link,
             **more,
         )
+
+    def arranged(
+        self, values: Sequence[tf.Tensor], like: dict[str, tf.Tensor] | None = None
+    ) -> Any:
+        """Return values (B, M, *shape) as users see them: one, or a dict, in the inputs' types."""
+        like = like or dict(zip(self.names, self.values, strict=True))
+        shown = {
+            name: self.shown(tf.cast(v, x.dtype))
+            for (name, x), v in zip(like.items(), values, strict=True)
+        }
+        return next(iter(shown.values())) if len(shown) == 1 else shown
+
+    def shown(self, values: tf.Tensor) -> tf.Tensor:
+        """Return (B, M, ...) as users see it: without M, but for target "all"."""
+        return values if self.target.kind == "all" else values[:, 0]
 
     def _packed(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> Any:
         moved = dict(zip(self._places, points, strict=True))
@@ -216,10 +319,12 @@ def make_target(target: Any, outputs: tf.Tensor) -> Target:
         flat = tf.reshape(outputs, [outputs.shape[0], -1])
         return Target("each", np.asarray(tf.argmax(flat, 1)), 1, shape)
     array = np.asarray(target)
-    if array.dtype.kind in "iu" and array.ndim == 0:
-        return Target("one", int(array), 1, shape)
-    if array.dtype.kind in "iu" and array.ndim == 1:
-        return Target("each", array, 1, shape)
+    if array.dtype.kind in "iu" and array.ndim <= 1:
+        asked = array if array.ndim else int(array)
+        chosen = seeds.make(asked, None, len(outputs), shape, outputs.dtype).payload.numpy()
+        return (
+            Target("each", chosen, 1, shape) if array.ndim else Target("one", chosen[0], 1, shape)
+        )
     if array.shape != tuple(outputs.shape):
         raise InputError(
             f"Expected target= as directions of shape {tuple(outputs.shape)}, or as numbers of "

@@ -43,7 +43,8 @@ def after(engine: Engine, activation: Activation, x: Any) -> tuple[Engine, list[
     key = activation, batch.signature
     if key not in made:
         whole = traced.program
-        program = whole.origin or whole
+        # The normal form's custom gradients (swish) can be copied; its stand-ins cannot be run.
+        program = whole if not whole.stand_ins else whole.origin or whole
         moved = whole.counterpart(tensor, program)
 
         def rest(leaves: list[tf.Tensor]) -> dict[str, tf.Tensor]:

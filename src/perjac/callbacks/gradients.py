@@ -1,27 +1,21 @@
-"""Callbacks of `model.fit`: what per-example gradients do while a model trains, to TensorBoard.
-
-Knows Keras's callbacks and `tf.summary`; must not touch the model, its optimizer or random numbers.
-"""
+"""What per-example gradients do while a model trains."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from perjac.engine import Engine
-from perjac.errors import InputError, NotFiniteError, PerjacWarning, missing_extra
+from perjac.callbacks.logger import Logger, arrays, check_counts, folder_of
+from perjac.errors import InputError
 from perjac.rows import group_of
 
 
-class GradientStatistics(keras.callbacks.Callback):
+class GradientStatistics(Logger):
     """Log the gradients of a fixed set of examples to TensorBoard while a model trains.
 
     Parameters
@@ -103,19 +97,16 @@ class GradientStatistics(keras.callbacks.Callback):
         batch_size: int = 32,
         hardest: int = 8,
     ):
-        super().__init__()
-        _check(every, limit=limit, batch_size=batch_size, hardest=hardest)
-        try:
-            import tensorboard  # noqa: F401  (tf.summary needs it)
-        except ImportError as failure:
-            raise missing_extra("Logging to TensorBoard", "tensorboard", failure) from failure
+        super().__init__(folder_of(log_dir, "gradients"), every, "Gradients")
+        check_counts(limit=limit, batch_size=batch_size)
+        check_counts(0, hardest=hardest)
         examples = {"x": x, "y": y, "sample_weight": sample_weight}
         self._examples = {
-            name: _arrays(given, limit) for name, given in examples.items() if given is not None
+            name: arrays(given, limit) for name, given in examples.items() if given is not None
         }
         lengths = {
-            name: {len(array) for array in tf.nest.flatten(arrays)}
-            for name, arrays in self._examples.items()
+            name: {len(array) for array in tf.nest.flatten(held)}
+            for name, held in self._examples.items()
         }
         found = set().union(*lengths.values())
         if len(found) != 1 or min(found) < 2:
@@ -124,74 +115,31 @@ class GradientStatistics(keras.callbacks.Callback):
                 f"lengths: { {name: sorted(n) for name, n in lengths.items()} }."
             )
         self._count = min(found)
-        self._every, self._loss = every, loss
-        self._batch_size, self._hardest = batch_size, hardest
-        self._folder = os.path.join(log_dir, "gradients")
-        self._engine: Any = None
-        self._writer: Any = None
-        self._batches = self._of_epoch = 0
-        self._complained = False
+        self._loss, self._batch_size, self._hardest = loss, batch_size, hardest
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Bind the model, open the log, and find out whether the examples fit."""
-        self._engine = None
-        if getattr(self.model, "built", False):  # others are, once they have seen a batch
-            self._gradients(0)
-        self._writer = tf.summary.create_file_writer(self._folder)
+    def prepare(self) -> None:
+        """Find out whether the examples fit."""
+        self._gradients(0)
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Count the epoch's batches from its start."""
-        self._of_epoch = 0
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Log, if it is time to."""
-        passed = batch + 1 - self._of_epoch  # more than one with steps_per_execution
-        before, self._batches = self._batches, self._batches + passed
-        self._of_epoch = batch + 1
-        if isinstance(self._every, int) and self._batches // self._every > before // self._every:
-            self._log(self._batches)
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Log, if it is time to."""
-        if self._every == "epoch":
-            self._log(epoch)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Close the log."""
-        self._writer.close()
-
-    def _log(self, step: int) -> None:
-        try:
-            found = self._measured()
-        except NotFiniteError as problem:
-            if not self._complained:
-                warnings.warn(
-                    f"Gradients are not logged, from step {step} on: {problem}",
-                    PerjacWarning,
-                    stacklevel=2,
-                )
-            self._complained = True
-            return
+    def log(self, step: int) -> None:
+        """Log the statistics of now."""
+        found = self._measured()
         finite = found.norms[np.isfinite(found.norms)]
-        with self._writer.as_default(step=step):
-            tf.summary.histogram("gradients/norms", finite)
-            tf.summary.scalar("gradients/loss", found.losses.mean())
-            tf.summary.scalar("gradients/snr", found.snr(*found.layers))
-            for layer, norms in found.layers.items():
-                tf.summary.scalar(f"gradient_norm/{layer}", norms.mean())
-                tf.summary.scalar(f"gradient_snr/{layer}", found.snr(layer))
-            if self._hardest:
-                self._show(found)
-        self._writer.flush()
+        tf.summary.histogram("gradients/norms", finite)
+        tf.summary.scalar("gradients/loss", found.losses.mean())
+        tf.summary.scalar("gradients/snr", found.snr(*found.layers))
+        for layer, norms in found.layers.items():
+            tf.summary.scalar(f"gradient_norm/{layer}", norms.mean())
+            tf.summary.scalar(f"gradient_snr/{layer}", found.snr(layer))
+        if self._hardest:
+            self._show(found)
 
     def _gradients(self, start: int) -> Any:
-        if self._engine is None:
-            self._engine = Engine(self.model)
         part = {
-            name: tf.nest.map_structure(lambda a: a[start : start + self._batch_size], arrays)
-            for name, arrays in self._examples.items()
+            name: tf.nest.map_structure(lambda a: a[start : start + self._batch_size], held)
+            for name, held in self._examples.items()
         }
-        return self._engine.gradients(**part, loss=self._loss)
+        return self.engine.gradients(**part, loss=self._loss)
 
     def _measured(self) -> Measured:
         """Go through the examples, keeping their norms and one sum of gradients."""
@@ -226,9 +174,9 @@ class GradientStatistics(keras.callbacks.Callback):
             label = "" if labels is None else f" {labels[n]:g} |"
             lines.append(f"| {n} |{label} {found.norms[n]:.4g} | {found.losses[n]:.4g} |")
         tf.summary.text("gradients/hardest", "\n".join(lines))
-        arrays = [a for a in tf.nest.flatten(self._examples["x"]) if _is_images(a)]
-        for number, array in enumerate(arrays):
-            name = "gradients/hardest_images" + (f"_{number}" if len(arrays) > 1 else "")
+        images = [a for a in tf.nest.flatten(self._examples["x"]) if _is_images(a)]
+        for number, array in enumerate(images):
+            name = "gradients/hardest_images" + (f"_{number}" if len(images) > 1 else "")
             tf.summary.image(name, _pictures(array[order]), max_outputs=self._hardest)
 
 
@@ -260,32 +208,6 @@ class Measured:
             return 0.0
         # Where all gradients are alike, rounding is what is left.
         return signal / noise if not noise < 1e-6 * power else math.inf
-
-
-def _check(every: Any, **counts: Any) -> None:
-    if every != "epoch" and not _is_count(every, 1):
-        raise InputError(f"Expected every= as 'epoch' or a number of batches. Received: {every!r}.")
-    for name, value in counts.items():
-        least = 0 if name == "hardest" else 1
-        if not _is_count(value, least):
-            raise InputError(f"Expected {name}= as an int of {least} or more. Received: {value!r}.")
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _arrays(given: Any, limit: int) -> Any:
-    """Return the first examples as arrays, in the user's structure."""
-    if isinstance(given, (tf.data.Dataset, keras.utils.PyDataset)):
-        raise InputError(
-            f"Expected arrays. Received: {type(given).__name__}. Take a batch of it, for example "
-            "x, y = next(iter(dataset))."
-        )
-    parts = given if isinstance(given, (list, tuple)) else ()
-    if parts and not any(hasattr(part, "shape") or isinstance(part, Mapping) for part in parts):
-        given = np.asarray(given)  # a list of numbers
-    return tf.nest.map_structure(lambda array: np.asarray(array[:limit]), given)
 
 
 def _is_images(array: np.ndarray) -> bool:

@@ -1,0 +1,63 @@
+"""How a hidden layer's output changes as the inputs move: derivatives in forward direction."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.engine import Engine
+from perjac.errors import InputError
+from perjac.inputs import Batch
+from perjac.sources import Activation
+
+_MADE: weakref.WeakKeyDictionary[Engine, dict[Any, Callable]] = weakref.WeakKeyDictionary()
+
+
+def rates(
+    engine: Engine, activation: Activation, batch: Batch, moves: Mapping[int, tf.Tensor]
+) -> tf.Tensor:
+    """Return Σ_n (∂A/∂x_n)·v_n, (B, *shape), without a finite difference.
+
+    A backward pass gives J'u, which is linear in u; a second one, through the first, gives its
+    derivative in u along v, which is Jv, whatever u is.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    activation : Activation
+        The layer whose output is A.
+    batch : Batch
+        B examples.
+    moves : mapping of int to tf.Tensor
+        v_n (B, *input_shape) for input n; the others stay.
+    """
+    traced, names = engine.traces.of(batch)
+    tensor = names.head(activation)
+    made = _MADE.setdefault(engine, {})
+    places = tuple(sorted(moves))
+    key = activation, batch.signature, places
+    if key not in made:
+        whole = traced.program
+        program = whole.origin or whole
+        there = whole.counterpart(tensor, program)
+
+        def rate(leaves: list[tf.Tensor], directions: list[tf.Tensor]) -> tf.Tensor:
+            hidden = program.replay(leaves, {}, [there])[there]
+            u = tf.ones_like(hidden)
+            moved = [leaves[n] for n in places]
+            back = tf.gradients(hidden, moved, u, unconnected_gradients="zero")
+            return tf.gradients(back, u, directions, unconnected_gradients="zero")[0]
+
+        made[key] = host.compiled(rate)
+    try:
+        return made[key](list(batch.tensors), [moves[n] for n in places])
+    except LookupError as failure:
+        raise InputError(
+            f"The output of layer {activation.layer!r} cannot be differentiated twice: {failure}. "
+            "Use derivative='differences'."
+        ) from failure

@@ -1,0 +1,98 @@
+"""Sums and moments for each example of what comes in chunks, in float64.
+
+The order within an example is that of its points, so that an example's result is the same alone
+and among others, and whatever the chunks are, to rounding in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+
+class Sums:
+    """Σ of what belongs to each of `size` examples, for each of several inputs."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._totals: list[tf.Variable] = []
+
+    def add(
+        self, terms: Sequence[tf.Tensor], owners: np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
+        """Add terms, each (N, ...), times weights (N,), to the sums of examples `owners` (N,)."""
+        there, local = np.unique(owners, return_inverse=True)
+        rows = tf.constant(there)
+        if not self._totals:
+            self._totals = [
+                tf.Variable(tf.zeros([self._size, *t.shape[1:]], tf.float64), trainable=False)
+                for t in terms
+            ]
+        for total, term in zip(self._totals, terms, strict=True):
+            term = tf.cast(term, tf.float64)
+            term = term if weights is None else term * beside(weights, term)
+            total.scatter_add(tf.IndexedSlices(by_owner(term, local, len(there)), rows))
+
+    def result(self) -> list[tf.Tensor]:
+        """Return the sums, each (size, ...), in float64."""
+        return [tf.convert_to_tensor(total) for total in self._totals]
+
+
+class Moments:
+    """Mean and variance of what belongs to each of `size` examples: Welford 1962, Chan 1979.
+
+    With n earlier values of mean m and Σ(x - m)² = S, and k new ones of mean m', S':
+    mean ← m + (m' - m) k/(n + k), S ← S + S' + (m' - m)² nk/(n + k), which is never negative.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self._seen = np.zeros(size)
+        self._means: list[tf.Variable] = []
+        self._squares: list[tf.Variable] = []
+
+    def add(self, terms: Sequence[tf.Tensor], owners: np.ndarray) -> None:
+        """Take in terms, each (N, ...), of examples `owners` (N,)."""
+        if not self._means:
+            shapes = [[self._size, *t.shape[1:]] for t in terms]
+            self._means, self._squares = (
+                [tf.Variable(tf.zeros(shape, tf.float64), trainable=False) for shape in shapes]
+                for _ in range(2)
+            )
+        there, local, new = np.unique(owners, return_inverse=True, return_counts=True)
+        rows = tf.constant(there)
+        before = self._seen[there]
+        self._seen[there] += new
+        for mean, square, term in zip(self._means, self._squares, terms, strict=True):
+            term = tf.cast(term, tf.float64)
+            k, n = (beside(c, term) for c in (new, before))
+            local_mean = by_owner(term, local, len(there)) / k
+            spread = tf.square(term - tf.gather(local_mean, local))
+            apart = local_mean - tf.gather(mean, there)
+            mean.scatter_add(tf.IndexedSlices(apart * k / (n + k), rows))
+            grown = by_owner(spread, local, len(there)) + tf.square(apart) * n * k / (n + k)
+            square.scatter_add(tf.IndexedSlices(grown, rows))
+
+    def means(self) -> list[tf.Tensor]:
+        """Return the means, each (size, ...), in float64."""
+        return [tf.convert_to_tensor(mean) for mean in self._means]
+
+    def variances(self) -> list[tf.Tensor]:
+        """Return the unbiased variances, Σ(x - mean)² / (n - 1)."""
+        return [square / beside(self._seen - 1, square) for square in self._squares]
+
+    def standard_errors(self) -> list[tf.Tensor]:
+        """Return those of the means, √(variance / n)."""
+        return [tf.sqrt(v / beside(self._seen, v)) for v in self.variances()]
+
+
+def by_owner(terms: tf.Tensor, local: np.ndarray, count: int) -> tf.Tensor:
+    """Return the sums of terms (N, ...) that share a number `local` (N,), in float64."""
+    return tf.math.unsorted_segment_sum(tf.cast(terms, tf.float64), local, count)
+
+
+def beside(numbers: np.ndarray, tensor: tf.Tensor) -> tf.Tensor:
+    """Return numbers (N,), shaped and typed to multiply a tensor (N, ...)."""
+    return tf.reshape(tf.constant(numbers, tensor.dtype), [-1] + [1] * (tensor.shape.rank - 1))
