@@ -12,6 +12,8 @@ import perjac as pj
 from perjac.errors import DisconnectedWarning, InputError, OutOfRangeError, UnknownNameError
 from perjac.saliency.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 METHODS = [
     pj.saliency.guided_backprop, pj.saliency.deconvnet, pj.saliency.lrp, pj.saliency.deeplift,
 ]  # fmt: skip

@@ -18,6 +18,8 @@ from perjac.errors import (
 )
 from perjac.saliency import METHODS, pictures
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 rng = np.random.default_rng(0)
 X, Y = rng.uniform(size=(40, 6, 5, 1)).astype("float32"), rng.integers(0, 3, 40)

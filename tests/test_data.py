@@ -22,6 +22,8 @@ from perjac.errors import (
     UnknownNameError,
 )
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 CLASSES = 3
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 EXACT = {"rtol": 1e-10, "atol": 1e-13}

@@ -14,6 +14,8 @@ from perjac.files import Data
 from perjac.report.gallery import write
 from perjac.saliency.choice import choose
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no chromium on this machine: pages were not looked at in a browser"

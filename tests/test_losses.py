@@ -22,6 +22,8 @@ from perjac.errors import (
     UnknownNameError,
 )
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RTOL = 1e-10
 
 

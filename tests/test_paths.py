@@ -13,6 +13,8 @@ from perjac.errors import InputError
 from perjac.saliency import explained, quadrature
 from perjac.saliency.blur import _kernels
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 S = pj.saliency
 
 
