@@ -10,6 +10,8 @@ from keras import layers
 import perjac as pj
 from perjac.errors import InputError, UnknownNameError
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 METHODS = [pj.saliency.gradcam, pj.saliency.gradcam_plus_plus, pj.saliency.layercam]
 rng = np.random.default_rng(0)
 

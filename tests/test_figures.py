@@ -12,6 +12,8 @@ import perjac as pj
 from perjac.errors import InputError, OutOfRangeError, UnknownNameError
 from perjac.saliency import Attribution, pictures
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 rng = np.random.default_rng(0)
 
 

@@ -16,6 +16,8 @@ from subjects import engine, subject
 import perjac as pj
 from perjac.errors import DisconnectedWarning, InputError, TooLargeError, UnknownNameError
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 # One model for each kind of factor, and for weights that are the sum of several.
 VARIED = [
     "mlp",  # Outer, one position

@@ -13,6 +13,8 @@ from perjac.saliency.attribution import Attribution
 from perjac.saliency.explained import Explained
 from perjac.saliency.metrics.randomisation import correlation, similarity
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 rng = np.random.default_rng(0)
 
 

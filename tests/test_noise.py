@@ -13,6 +13,8 @@ from perjac.errors import InputError
 from perjac.saliency import explained
 from perjac.saliency.noise import draws
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 S = pj.saliency
 METHODS = ["smoothgrad", "smoothgrad_squared", "vargrad"]
 each = pytest.mark.parametrize("name", METHODS)

@@ -14,6 +14,8 @@ from small_models import Weighted, sequential
 import perjac as pj
 from perjac.errors import SlowPathWarning
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 
 def tape_rows(model: keras.Model, x: np.ndarray) -> list:
     """Assert that the Jacobian agrees with the oracle; return inspect's rows on the tape path."""

@@ -11,6 +11,8 @@ import perjac as pj
 from perjac.errors import InputError, MissingExtraError
 from perjac.saliency.xrai import ranked
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 rng = np.random.default_rng(0)
 
 

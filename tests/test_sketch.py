@@ -25,6 +25,8 @@ from perjac.errors import InputError
 from perjac.factors import Explicit, Lookup, Outer, Sum
 from perjac.layout import Relabelling
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 each_kind = pytest.mark.parametrize("kind", sketch.KINDS)
 DIM, SEEDS = 16, 200
 # The standard deviation of ⟨Sr, Sr'⟩ over ‖r‖‖r'‖ / √dim, as `Rows.project` states it.
