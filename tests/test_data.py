@@ -472,7 +472,7 @@ def test_nested_lists_of_numbers_are_one_array(net):
 
 WRONG = {
     "by": (lambda e, x, y: pj.data.hardest(e, x, y, by="size"), "'size'"),
-    "count": (lambda e, x, y: pj.data.hardest(e, x, y, count=0), "count= as a positive int.*0"),
+    "count": (lambda e, x, y: pj.data.hardest(e, x, y, count=0), "count= as an int of 1 or more"),
     "batch": (lambda e, x, y: pj.data.typical(e, x, y, batch_size=2.5), "batch_size=.*2.5"),
     "sizes": (lambda e, x, y: pj.data.hardest(e, x, y[:5]), "same number.*17.*5"),
     "none": (lambda e, x, y: pj.data.hardest(e, x[:0], y[:0]), "at least one example"),

@@ -344,8 +344,9 @@ def test_a_memory_limit_in_bytes():
 @pytest.mark.parametrize("path", ["auto", "tape"])
 def test_a_disconnected_weight_is_zero_and_named_in_a_warning(path):
     engine = pj.Engine(two_heads(), path=path)
-    with pytest.warns(errors.DisconnectedWarning, match="cats/kernel"):
+    with pytest.warns(errors.DisconnectedWarning, match="cats/kernel") as caught:
         jac = engine.jacobian(data(), of="dogs")
+    assert caught[0].filename == __file__
     assert jac["cats/kernel"].shape == (3, 3, 5, 2)
     assert not np.any(jac["cats/kernel"])
     assert np.any(jac["dogs/kernel"])

@@ -354,15 +354,16 @@ def _looked_at(engine: Any, name: str) -> Any:
     """Return what --wrt means: all inputs, one of them, or a layer's output."""
     from perjac import activation
 
-    inputs = [expected.name for expected in engine.expected]
-    return name if name == "inputs" or name in inputs else activation(name)
+    return name if name in ("inputs", *engine.input_names) else activation(name)
 
 
 def _number(text: str) -> int:
-    numbers = _numbers(text) if text.lstrip("-").isdigit() else []
-    if len(numbers) != 1:
-        raise InputError(f"Expected --target predicted, all or a number. Received: {text!r}.")
-    return numbers[0]
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"Expected --target predicted, all or a number. Received: {text!r}."
+        ) from None
 
 
 def _numbers(text: str) -> list[int]:
@@ -370,5 +371,5 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"Expected a number, or numbers separated by commas. Received: {text!r}."
+            f"Expected --outputs as a number, or numbers separated by commas. Received: {text!r}."
         ) from None

@@ -6,7 +6,13 @@ A message says what was wrong, where, and what to do. This module knows nothing 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import operator
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class PerjacError(Exception):
@@ -95,6 +101,47 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     if not close:
         return "There are none."
     return "Nearest: " + ", ".join(repr(c) for c in close) + "."
+
+
+def warn(message: str, kind: type[PerjacWarning]) -> None:
+    """Warn, as of the line outside this package from which the package was called."""
+    ours = os.path.dirname(__file__) + os.sep
+    callers = list(traceback.walk_stack(sys._getframe()))  # this function first
+    outermost = max(n for n, (f, _) in enumerate(callers) if f.f_code.co_filename.startswith(ours))
+    warnings.warn(message, kind, stacklevel=outermost + 2)
+
+
+def check_one_of(value: Any, known: Sequence[Any], name: str) -> None:
+    """Raise for an option that there is not.
+
+    Raises
+    ------
+    InputError
+        Naming the option and those that there are.
+    """
+    if value not in known:
+        raise InputError(f"Expected {name}= one of {known}. Received: {value!r}.")
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Raise for options that are no whole numbers of `least` or more.
+
+    Raises
+    ------
+    InputError
+        Naming the option.
+    """
+    for name, value in counts.items():
+        if not is_count(value, least):
+            raise InputError(f"Expected {name}= as an int of {least} or more. Received: {value!r}.")
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Return whether a value is a whole number of at least so much."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
 
 
 def missing_extra(feature: str, extra: str, cause: ImportError) -> MissingExtraError:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac.callbacks.logger import Logger, arrays, check_counts, folder_of
-from perjac.errors import InputError
+from perjac.callbacks.logger import Logger, arrays, folder_of
+from perjac.errors import InputError, check_counts
 from perjac.rows import group_of
 
 

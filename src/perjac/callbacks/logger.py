@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError, NotFiniteError, PerjacWarning, missing_extra
+from perjac.errors import InputError, NotFiniteError, PerjacWarning, is_count, missing_extra
 
 
 class Logger(keras.callbacks.Callback):
@@ -108,18 +108,6 @@ class Logger(keras.callbacks.Callback):
 def folder_of(log_dir: str | os.PathLike, name: str) -> str:
     """Return the folder of TensorBoard's that a kind of events goes to."""
     return os.path.join(log_dir, name)
-
-
-def check_counts(least: int = 1, **counts: Any) -> None:
-    """Refuse options that are no whole numbers of `least` or more."""
-    for name, value in counts.items():
-        if not is_count(value, least):
-            raise InputError(f"Expected {name}= as an int of {least} or more. Received: {value!r}.")
-
-
-def is_count(value: Any, least: int) -> bool:
-    """Return whether a value is a whole number of at least so much."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def arrays(given: Any, limit: int) -> Any:

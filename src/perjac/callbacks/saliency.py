@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac.callbacks.logger import Logger, arrays, check_counts, folder_of
-from perjac.errors import InputError
+from perjac.callbacks.logger import Logger, arrays, folder_of
+from perjac.errors import InputError, check_counts
 from perjac.saliency import Attribution, pictures
 from perjac.saliency.choice import choose
 

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError, PerjacError
+from perjac.errors import InputError, PerjacError, check_counts
 from perjac.gradients import Gradients
 
 
@@ -60,7 +60,7 @@ class Examples:
 
     def batches(self, batch_size: int) -> Iterator[tuple[slice, Examples]]:
         """Give each batch with the examples that it holds."""
-        check_positive(batch_size, "batch_size")
+        check_counts(batch_size=batch_size)
         for start in range(0, self.size, batch_size):
             where = slice(start, min(start + batch_size, self.size))
             yield where, self.part(where)
@@ -83,18 +83,6 @@ def gradients(
 def engine_of(model: Any) -> Engine:
     """Return an engine as it is, or one of a model."""
     return model if isinstance(model, Engine) else Engine(model)
-
-
-def check_positive(value: Any, name: str) -> None:
-    """Raise for what is no whole number of at least one."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise InputError(f"Expected {name}= as a positive int. Received: {value!r}.")
-
-
-def check_one_of(value: Any, known: tuple, name: str) -> None:
-    """Raise for an option that there is not."""
-    if value not in known:
-        raise InputError(f"Expected {name}= one of {known}. Received: {value!r}.")
 
 
 def _arrays(data: Any) -> Any:

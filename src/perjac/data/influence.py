@@ -10,12 +10,12 @@ import numpy as np
 import scipy.linalg
 
 from perjac import host, memory
-from perjac.data.batches import Examples, check_one_of, check_positive, engine_of, gradients
+from perjac.data.batches import Examples, engine_of, gradients
 from perjac.data.checkpoints import at_checkpoints
 from perjac.data.margins import TASKS, Explained, check_labels, explained
 from perjac.data.pairs import inner_products
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts, check_one_of
 
 _LOOKED_AT = 64  # examples, to tell logits from probabilities
 
@@ -210,7 +210,7 @@ def trak(
     """
     check_one_of(task, TASKS, "task")
     if dim is not None:
-        check_positive(dim, "dim")
+        check_counts(dim=dim)
     if not isinstance(ridge, (int, float)) or not np.isfinite(ridge) or ridge < 0:
         raise InputError(f"Expected ridge= as a number, zero or above. Received: {ridge!r}.")
     train, test = Examples.of(x_train, y_train, "_train"), Examples.of(x_test, y_test, "_test")

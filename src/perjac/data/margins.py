@@ -14,6 +14,7 @@ import scipy.special
 import tensorflow as tf
 
 from perjac.errors import InputError, OutOfRangeError
+from perjac.losses import are_probabilities
 from perjac.shapes import known
 
 TASKS = ("classification", "regression")
@@ -51,7 +52,7 @@ def explained(task: str, outputs: np.ndarray, from_logits: bool | None) -> Expla
             f"(B, {', '.join(map(str, outputs.shape[1:]))})."
         )
     if from_logits is None:
-        from_logits = not _are_probabilities(outputs)
+        from_logits = not are_probabilities(outputs, one_class_each=outputs.shape[1] > 1)
     return Explained(margin_of_logits if from_logits else margin_of_probabilities, doubt)
 
 
@@ -115,8 +116,3 @@ def doubt(y: Any, f: np.ndarray) -> np.ndarray:
 def residual(y: Any, f: np.ndarray) -> np.ndarray:
     """y - f: -∂ℓ/∂f of ℓ = (y - f)² / 2."""
     return np.asarray(y, f.dtype).reshape(-1) - f
-
-
-def _are_probabilities(outputs: np.ndarray) -> bool:
-    inside = outputs.min() >= 0 and outputs.max() <= 1 + 1e-3
-    return bool(inside and (outputs.shape[1] == 1 or np.allclose(outputs.sum(1), 1, atol=1e-2)))

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from perjac.data.batches import Examples, check_one_of, check_positive, engine_of
+from perjac.data.batches import Examples, engine_of
 from perjac.data.pairs import inner_products, projected_products
 from perjac.engine import Engine
+from perjac.errors import check_counts, check_one_of
 
 _MEASURES = ("cosine", "dot")
 
@@ -106,9 +107,9 @@ def similar(
     Explanations, section 2 ("GC" and "GD").
     """
     check_one_of(measure, _MEASURES, "measure")
-    check_positive(count, "count")
+    check_counts(count=count)
     if dim is not None:
-        check_positive(dim, "dim")
+        check_counts(dim=dim)
     queries, train = (
         Examples.of(x_query, y_query, "_query"),
         Examples.of(x_train, y_train, "_train"),

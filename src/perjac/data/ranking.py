@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from perjac.data.batches import Examples, check_one_of, check_positive, engine_of, gradients
+from perjac.data.batches import Examples, engine_of, gradients
 from perjac.engine import Engine
-from perjac.errors import InputError, NotFiniteError
+from perjac.errors import InputError, NotFiniteError, check_counts, check_one_of
 
 BY = ("norm", "loss")
 
@@ -93,7 +93,7 @@ def hardest(
     initialisations).
     """
     check_one_of(by, BY, "by")
-    check_positive(count, "count")
+    check_counts(count=count)
     examples = Examples.of(x, y)
     scores, losses = scored(engine_of(engine), examples, batch_size, loss=loss, by=by, wrt=wrt)
     return Ranking(largest(scores, count), scores, losses)
@@ -155,7 +155,7 @@ def typical(
     >>> pj.data.typical(pj.Engine(model), x, y, count=3, loss="mse").indices.shape
     (3,)
     """
-    check_positive(count, "count")
+    check_counts(count=count)
     engine, examples = engine_of(engine), Examples.of(x, y)
     mean = _mean_direction(engine, examples, batch_size, loss=loss, wrt=wrt)
     scores, losses = [], []

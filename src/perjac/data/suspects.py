@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from perjac import host
-from perjac.data.batches import Examples, check_one_of, check_positive, engine_of
+from perjac.data.batches import Examples, engine_of
 from perjac.data.ranking import BY, Ranking, largest, scored
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts, check_one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def label_errors(
     """
     check_one_of(by, BY, "by")
     if count is not None:
-        check_positive(count, "count")
+        check_counts(count=count)
     examples = Examples.of(x, y)
     asked = {"batch_size": batch_size, "loss": loss, "by": by, "wrt": wrt, "of": of}
     if isinstance(engine, Engine) or host.is_layer(engine) or not callable(engine):
@@ -133,7 +133,7 @@ def _held_out(
     fit: Callable[[Any, Any], Any], examples: Examples, folds: int, seed: int, **asked: Any
 ) -> list[np.ndarray]:
     """Return scores, losses and outputs, each example's by a model trained without it."""
-    check_positive(folds, "folds")
+    check_counts(folds=folds)
     if not 2 <= folds <= examples.size:
         raise InputError(f"Expected folds= from 2 to {examples.size}. Received: {folds}.")
     cut = np.array_split(np.random.default_rng(seed).permutation(examples.size), folds)
