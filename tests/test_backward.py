@@ -237,6 +237,29 @@ def test_rectifiers_go_back_as_their_papers_say(net):
     assert found.facts["rectifiers"] == sum(kind == "relu" for kind, *_ in steps)
 
 
+@pytest.mark.parametrize(
+    ("rectify", "end"),
+    [
+        (keras.activations.relu6, 6),
+        (lambda z: keras.ops.maximum(z, 0.0), np.inf),
+        (lambda z: keras.ops.maximum(0.0, z), np.inf),
+    ],
+)
+def test_all_kinds_of_rectifiers_are_met(rectify, end):
+    given, first, last = keras.Input((5,)), layers.Dense(6), layers.Dense(2)
+    model = with_biases(keras.Model(given, last(rectify(first(given)))))
+    engine, x = pj.Engine(model), 8 * random(9, 5)
+    z, dy = np.asarray(first(x)), np.maximum(last.kernel, 0)
+    assert (z > 6).any()
+    inside = ((z > 0) & (z < end)).astype("f4")
+    for method, passed in (
+        (pj.saliency.guided_backprop, inside), (pj.saliency.deconvnet, np.ones_like(z))
+    ):  # fmt: skip
+        found = method(engine, x, "all")
+        close(found.values, np.einsum("bh,hc,ih->bci", passed, dy, np.asarray(first.kernel)))
+        assert found.facts["rectifiers"] == 1
+
+
 RULES = [
     Epsilon(), Epsilon(0.1), Epsilon(0.0), Gamma(0.25), Gamma(2.0), AlphaBeta(3, 2),
     ZPlus(), Flat(), WSquare(), ZBox(-4.0, 3.0),
@@ -371,6 +394,25 @@ def test_deeplift_of_a_linear_model_is_weight_times_difference():
     x, x0 = random(3, 6), random(3, 6)
     found = pj.saliency.deeplift(pj.Engine(model), x, 1, baseline=x0).values
     close(found, (x - x0) * model.get_weights()[0][:, 1])
+
+
+def test_deeplift_of_a_log_softmax_is_complete():
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, activation="log_softmax")])
+    x, x0 = random(5, 6), random(5, 6)
+    found = pj.saliency.deeplift(pj.Engine(model), x, "all", baseline=x0)
+    np.testing.assert_allclose(found.delta, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_a_gate_gets_no_relevance(gate_first):
+    signal, other = keras.Input((4,), name="signal"), keras.Input((3,), name="gate")
+    pair = [layers.Dense(5, use_bias=False)(signal), layers.Dense(5, "sigmoid")(other)]
+    product = layers.Multiply()(pair[::-1] if gate_first else pair)
+    model = keras.Model([signal, other], layers.Dense(2, use_bias=False)(product))
+    x = {"signal": random(3, 4), "gate": random(3, 3)}
+    found = pj.saliency.lrp(pj.Engine(model), x, "all")
+    assert not np.any(found.values["gate"])
+    np.testing.assert_allclose(np.sum(found.values["signal"], 2), found.outputs, rtol=1e-3)
 
 
 def many_kinds():

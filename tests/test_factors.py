@@ -289,8 +289,9 @@ def test_combine_adds_a_weights_contributions(kinds):
 def test_the_two_ways_to_a_norm_over_positions_agree(monkeypatch):
     factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
     found = []
-    for name in ("T×T Gram", "form I×O"):
-        monkeypatch.setattr(Outer, "ways", lambda self, question, n=name: [Way(n, 1, 1)])
+    for forms in (False, True):
+        way = Way("a way", 1, 1, forms)
+        monkeypatch.setattr(Outer, "ways", lambda self, question, way=way: [way])
         found.append(factor.squared_norms())
     close(*found)
 
@@ -300,7 +301,7 @@ def test_large_rows_are_formed_example_by_example_with_the_same_answers(monkeypa
     patches = Draw(1, (3, 2, 2, 1, 3, 4)).patches()
     at_once = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
     monkeypatch.setattr("perjac.factors.base._FORM_AT_ONCE", 0)
-    monkeypatch.setattr(Outer, "ways", lambda self, question: [Way("form I×O", 1, 1)])
+    monkeypatch.setattr(Outer, "ways", lambda self, question: [Way("form I×O", 1, 1, True)])
     one_by_one = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
     for a, b in zip(tf.nest.flatten(at_once), tf.nest.flatten(one_by_one), strict=True):
         close(a, b)

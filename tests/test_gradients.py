@@ -525,6 +525,14 @@ def test_every_weight_is_explained(question):
         assert f"{row.weight}  {row.factor}  {row.ways[0].name}" in text
 
 
+def test_a_query_that_there_is_not_brings_those_that_there_are():
+    made = engine("mlp", "float64", "auto").jacobian(subject("mlp", "float64").x)
+    with pytest.raises(UnknownNameError, match="no query 'snr'.*'norms'"):
+        made.explain("snr")
+    with pytest.raises(UnknownNameError, match="'varience'.*'variance'"):
+        small_gradients().explain("varience")
+
+
 def test_gradients_stay_what_they_were_when_weights_change():
     model = small()
     grads = pj.Engine(model).gradients(random(3, 4), random(3, 3), loss="mse")

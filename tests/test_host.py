@@ -48,6 +48,21 @@ def test_compiled_calls_tell_shapes_dtypes_and_structures_apart():
     assert len(quick._found) == 4
 
 
+def test_compiled_calls_tell_what_is_no_tensor_apart():
+    def told(nest):
+        if isinstance(nest, dict):
+            return dict(nest)
+        return nest.dense() if isinstance(nest, Explicit) else nest[0] + isinstance(nest, tuple)
+
+    quick, x = host.compiled(told), tf.reshape(tf.range(9.0), [1, 1, 3, 3])
+    plain = Relabelling.of((3, 3))
+    for nest in (
+        Explicit(plain, x), Explicit(plain.transpose((1, 0)), x), [x], (x,), {"a": x}, {"b": x},
+    ):  # fmt: skip
+        tf.nest.map_structure(np.testing.assert_array_equal, quick(nest), told(nest))
+    assert len(quick._found) == 6
+
+
 def test_compiled_calls_see_what_a_variable_is_now():
     variable = tf.Variable(1.0)
     quick = host.compiled(lambda x: x * variable)

@@ -429,8 +429,9 @@ def test_class_weights_of_what_has_no_classes():
         engine(pictures("sigmoid")).gradients(
             IMAGES, whole(2, 3, 3, 4, 2), loss=losses.Dice(axis=(1, 2, 3)), class_weight={0: 2}
         )
-    with pytest.raises(InputError, match="class_weight.*3"):
-        engine(net()).gradients(X, random(3, 3), loss="mse", class_weight=3)
+    for given in (3, {"cat": 2.0}):
+        with pytest.raises(InputError, match=f"class_weight.*{given}"):
+            engine(net()).gradients(X, random(3, 3), loss="mse", class_weight=given)
 
 
 # --- How a loss is given --------------------------------------------------------------------
@@ -879,10 +880,15 @@ def test_another_number_of_labels_than_examples():
         engine(net()).gradients(X, random(3, 3), loss="mse", sample_weight=np.ones(2))
 
 
+def test_labels_that_are_words():
+    with pytest.raises(InputError, match="Array 'y' holds text.*classes counted from 0"):
+        engine(net()).gradients(X, ["cat", "dog", "cat"], loss="mse")
+
+
 def test_labels_that_are_not_finite():
     y = random(3, 3)
     y[1, 0] = np.nan
-    with pytest.raises(pj.errors.NotFiniteError, match="'y'.*example 1"):
+    with pytest.raises(pj.errors.NotFiniteError, match="Array 'y'.*example 1"):
         engine(net()).gradients(X, y, loss="mse")
 
 

@@ -1,12 +1,11 @@
 """Noise: the statistics are those of the draws, whatever the company and the chunks."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from models import floats
 
 import perjac as pj
 from perjac.errors import InputError
@@ -24,21 +23,10 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-@contextlib.contextmanager
-def in_type(dtype):
-    """Build models of a type, whatever other test files asked for."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx(dtype)
-    keras.config.set_dtype_policy(dtype)
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
-
-
 @pytest.fixture(scope="module")
 def net():
     keras.utils.set_random_seed(1)
-    with in_type("float64"):
+    with floats("float64"):
         model = keras.Sequential(
             [keras.Input((5, 4, 3)), layers.Conv2D(4, 2, activation="tanh"),
              layers.Flatten(), layers.Dense(3, "softplus")]
@@ -226,8 +214,8 @@ def test_conventions_are_presets_and_explicit_arguments_win(net):
 @pytest.mark.parametrize(
     ("name", "more", "match"),
     [
-        ("smoothgrad", {"samples": 0}, "samples= 1"),
-        ("vargrad", {"samples": 1}, "samples= 2"),
+        ("smoothgrad", {"samples": 0}, "samples= as an int of 1"),
+        ("vargrad", {"samples": 1}, "samples= as an int of 2"),
         ("smoothgrad", {"sigma": -1.0}, "-1.0"),
         ("smoothgrad", {"each": "cubed"}, "'cubed'"),
         ("smoothgrad_squared", {"convention": "torch"}, "'torch'"),

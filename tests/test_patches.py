@@ -81,3 +81,17 @@ def test_positions_folded_into_the_batch_stay_with_their_example():
     delta = rng.standard_normal((2, 1, 36, 3))
     rows = np.einsum("bti,bkto->bkio", windows, delta)
     np.testing.assert_allclose(patches.rows(tf.constant(delta)), rows, rtol=1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_groups_of_channels_give_the_rows_where_they_run(count):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 6, 4, 3)).astype("float32")
+    delta = rng.standard_normal((5, count, 5 * 2, 2)).astype("float32")
+    patches = Patches(tf.constant(x), (2, 3), (1, 1), (1, 1), (5, 2), 1)
+    try:
+        found = patches._grouped(tf.constant(delta))
+    except (tf.errors.OpError, ValueError):
+        pytest.skip("this TensorFlow's backward pass takes no groups of channels")
+    rows = np.einsum("bti,bkto->bkio", cut(x, patches), delta)
+    np.testing.assert_allclose(found, rows, rtol=1e-4, atol=1e-4)

@@ -1,17 +1,17 @@
 """Paths: closed forms, completeness, and results that do not depend on company or chunks."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from models import floats
 
 import perjac as pj
 from perjac.errors import InputError
 from perjac.saliency import explained, quadrature
 from perjac.saliency.blur import _kernels
+from perjac.saliency.paths import _draws
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -31,20 +31,9 @@ def smooth(activation="tanh"):
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def in_type(dtype):
-    """Build models of a type, whatever other test files asked for."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx(dtype)
-    keras.config.set_dtype_policy(dtype)
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
-
-
 @pytest.fixture(scope="module", autouse=True)
 def double():
-    with in_type("float64"):
+    with floats("float64"):
         yield
 
 
@@ -98,6 +87,21 @@ def test_rules_are_means_over_the_unit_interval(rule, steps):
     # The error on g(α) = α, whose mean is 1/2, is known.
     off = {"riemann_left": -0.5 / steps, "riemann_right": 0.5 / steps}.get(rule, 0)
     assert nodes @ weights - 0.5 == pytest.approx(off, abs=1e-14)
+
+
+@pytest.mark.parametrize("rule", quadrature.RULES)
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_rules_are_off_by_what_their_textbooks_say(rule, n):
+    nodes, weights = quadrature.quadrature(rule, n)
+    off = {
+        "gausslegendre": 0,
+        "riemann_left": -1 / (2 * n) + 1 / (6 * n**2),
+        "riemann_right": 1 / (2 * n) + 1 / (6 * n**2),
+        "riemann_middle": -1 / (12 * n**2),
+        "riemann_trapezoid": 1 / (6 * (n - 1) ** 2),
+        "endpoint_mean": (2 * n - 1) / (6 * (n - 1)) - 1 / 3,
+    }[rule]
+    assert nodes**2 @ weights - 1 / 3 == pytest.approx(off, abs=1e-14)  # g(α) = α²
 
 
 def test_gauss_legendre_is_exact_to_degree_2n_minus_1():
@@ -163,6 +167,17 @@ def test_expected_gradients_from_one_baseline_tend_to_integrated_gradients(net):
         for n in (50, 800)
     ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
+
+
+def test_the_delta_of_expected_gradients_is_from_the_baselines_drawn(net):
+    engine, x = net
+    background = rng(9).standard_normal((6, 5, 4, 3))
+    found = S.expected_gradients(engine, x, "all", background=background, samples=17, seed=4)
+    drawn, _ = _draws(4, 17, 6)
+    assert len(set(np.bincount(drawn))) > 1  # some more often than others
+    rise = engine.outputs(x) - np.mean(np.asarray(engine.outputs(background))[drawn], 0)
+    sums = np.asarray(found.values).reshape(4, 3, -1).sum(2)
+    np.testing.assert_allclose(found.delta, sums - rise, atol=1e-12)
 
 
 # --- completeness ---
@@ -410,6 +425,15 @@ def test_cells_tend_to_the_exact_conductance(net):
     assert np.max(off[0]) > 3.5 * np.max(off[1])  # of second order
 
 
+def test_differences_are_between_one_node_more_than_steps(net):
+    engine, x = net
+    found = S.layer_conductance(engine, x, "hidden", 2, derivative="differences", steps=4)
+    nodes, _ = quadrature.quadrature("gausslegendre", 5)
+    low, high = (engine.outputs(a * x, of=pj.activation("hidden")) for a in nodes[[0, -1]])
+    kernel = engine.model.get_weights()[-2][:, 2]  # the same at every node, so that sums telescope
+    np.testing.assert_allclose(found.values, kernel * (high - low), rtol=1e-9, atol=1e-12)
+
+
 def test_differences_tend_to_the_exact_conductance(net):
     engine, x = net
     exact = np.asarray(S.layer_conductance(engine, x, "conv", 0).values)
@@ -555,6 +579,8 @@ def test_conventions_are_presets_and_explicit_arguments_win(net):
         ("blur_ig", {"spacing": "cubic"}, "'cubic'"),
         ("guided_ig", {"fraction": 2.0}, "2.0"),
         ("layer_conductance", {"derivative": "no"}, "'no'"),
+        ("layer_conductance", {"derivative": "differences", "steps": 0}, "Received: 0"),
+        ("layer_conductance", {"layer": 3}, "layer=.* Received: 3"),
     ],
 )
 def test_what_cannot_be_used_is_refused(net, name, more, match):
@@ -570,7 +596,7 @@ def test_rows_of_features_cannot_be_blurred(quadratic):
 
 
 def test_float32_is_complete_to_rounding():
-    with in_type("float32"):
+    with floats("float32"):
         engine = pj.Engine(smooth())
     x = rng().standard_normal((3, 5, 4, 3)).astype("f4")
     found = S.integrated_gradients(engine, x, "all", tolerance=1e-4)

@@ -60,3 +60,31 @@ def test_every_rank_of_input_has_a_picture(shape, target, tmp_path):
     x = np.random.default_rng(0).standard_normal((2, *shape)).astype("f4")
     pj.saliency.gradient(pj.Engine(model), x, target=target).save(tmp_path / "map.png", example=1)
     assert (tmp_path / "map.png").stat().st_size > 2000
+
+
+def test_a_hidden_layer_before_a_loop_and_custom_gradients_is_a_beginning_like_any_other():
+    ids = keras.Input((6,), dtype="int32")
+    hidden = keras.layers.Embedding(9, 4, name="table")(ids)
+    hidden = keras.layers.LSTM(5, return_sequences=True)(hidden)
+    hidden = keras.layers.Dense(4, activation="swish", name="swish")(hidden)
+    model = keras.Model(ids, keras.layers.Dense(2)(keras.layers.Flatten()(hidden)))
+    engine = pj.Engine(model)
+    x = np.random.default_rng(0).integers(0, 9, (3, 6))
+    found = pj.saliency.gradient(engine, x, target=1, wrt=pj.activation("table"))
+    right = engine.jacobian(x, wrt=pj.activation("table"), outputs=1)["table"]
+    np.testing.assert_allclose(found.values, np.reshape(right, (3, 6, 4)), rtol=1e-5, atol=1e-8)
+
+
+def test_a_layer_of_custom_gradients_has_a_conductance():
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(5, "swish", name="swish"), keras.layers.Dense(2)]
+    )
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype("f4")
+    found = pj.saliency.layer_conductance(pj.Engine(model), x, "swish", target=0)
+    assert np.abs(found.delta).max() < 1e-5
+
+
+def test_targets_of_another_number_of_examples_are_refused(net):
+    engine, x = net
+    with pytest.raises(InputError, match="target=.*4 examples.*2 numbers"):
+        pj.saliency.gradient(engine, x, target=np.array([0, 1]))

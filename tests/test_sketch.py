@@ -149,6 +149,20 @@ def test_parts_that_read_a_weight_in_different_ways_are_formed(kind):
 
 
 @each_kind
+def test_parts_that_run_over_a_sides_axes_in_other_orders_meet_the_same_numbers(kind):
+    draw = Draw(0, (3, 2, 4, 1, 6, 4))
+    plain = Relabelling.of((2, 3, 4))
+    layouts = plain.reshape((6, 4)), plain.transpose((1, 0, 2)).reshape((6, 4))
+    parts = tuple(
+        Outer(layout, draw.numbers(3, 1, 6), draw.numbers(3, 2, 1, 4)) for layout in layouts
+    )
+    rows = tf.add_n([tf.reshape(part.dense(), [3, 2, 6, 4]) for part in parts])
+    right = projected(Explicit(plain.reshape((6, 4)), rows), kind)
+    for whole in (Sum(plain, parts), Sum(plain, parts[::-1])):
+        np.testing.assert_allclose(projected(whole, kind), right, rtol=1e-10, atol=1e-12)
+
+
+@each_kind
 def test_a_tied_embeddings_projections_are_those_of_its_rows(kind):
     built = subject("tied_embedding", "float64")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -241,6 +255,12 @@ def test_projections_that_there_are_not(options):
     x = subject("mlp", "float64").x
     with pytest.raises(InputError, match=f"{list(options)[-1]}=.*{list(options.values())[-1]}"):
         engine("mlp", "float64", "auto").jacobian(x).project(**options)
+
+
+def test_a_dimension_may_be_a_number_of_numpys():
+    jac = engine("mlp", "float64", "auto").jacobian(subject("mlp", "float64").x)
+    for kind in sketch.KINDS:
+        np.testing.assert_array_equal(jac.project(np.int64(4), 0, kind), jac.project(4, 0, kind))
 
 
 # --- How a weight is read -------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
-from perjac.errors import InputError, LossWarning
+from perjac.errors import InputError, LossWarning, check_one_of, warn
 from perjac.factors import Factor
 from perjac.gradients import Gradients
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
-from perjac.losses import Objective, at_least_float32, compiled
-from perjac.normalise import flatten
+from perjac.losses import Objective, compiled
+from perjac.precision import at_least_float32
 from perjac.shapes import known
 from perjac.sources import Source
 from perjac.traced import NotForXla, Traced
@@ -92,13 +91,12 @@ class Engine:
     ):
         given = {"path": path, "jit": jit, "independence": independence}
         for name, value in given.items():
-            if value not in _OPTIONS[name]:
-                raise InputError(f"Expected {name}= one of {_OPTIONS[name]}. Received: {value!r}.")
+            check_one_of(value, _OPTIONS[name], name)
         memory.limit(memory_limit)  # refuses what it cannot read
         self.model = model = binding.loaded(model, signature)
-        self.memory_limit, self._jit = memory_limit, jit
+        self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
-        self.traces = Traces(model, variables, training, path, jit is not False)
+        self.traces = Traces(model, variables, training, path, self._jit)
         self._weights = self.traces.weights
         self._objectives: dict[tuple, Objective] = {}
         self._doubted: set[tuple] = set()  # objectives whose outputs were looked at
@@ -196,7 +194,7 @@ class Engine:
             result,
             row_shape,
             memory_limit=self.memory_limit,
-            jit=self._jit is not False,
+            jit=self._jit,
         )
 
     def gradients(
@@ -278,7 +276,7 @@ class Engine:
             self._weights,
             losses,
             memory_limit=self.memory_limit,
-            jit=self._jit is not False,
+            jit=self._jit,
         )
 
     def _derived(
@@ -380,7 +378,7 @@ class Engine:
             raise InputError("Expected at least one example to verify on. Received: none.")
         traced, names = self.traces.of(batch)
         head = names.head(of)
-        reference = flatten(traced.program.origin or traced.program)
+        reference = traced.plain
         return verify(
             reference,
             traced.program.counterpart(head, reference),
@@ -407,4 +405,4 @@ class Engine:
         few = x.first(32)
         doubt = objective.doubts(batch.packed[1], lambda head: self._outputs(few, head))
         if doubt:
-            warnings.warn(doubt, LossWarning, stacklevel=3)
+            warn(doubt, LossWarning)

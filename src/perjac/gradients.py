@@ -8,9 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.errors import InputError
+from perjac.errors import InputError, check_one_of
 from perjac.factors import Factor, Lookup
-from perjac.rows import Factors, Rows, group_of, norms, query, weighted_sum
+from perjac.rows import Factors, Rows, group_of, grouped_norms, norms, query, weighted_sum
 from perjac.shapes import known
 from perjac.sources import Source, Weights
 
@@ -74,7 +74,7 @@ class Gradients(Rows):
         ----------
         Goodfellow 2015, Efficient per-example gradient computations.
         """
-        _check_per(per)
+        check_one_of(per, _PER, "per")
         return self._as_sources(query(norms, per=per)(self._factors))
 
     def mean(self) -> dict[str, tf.Tensor]:
@@ -137,13 +137,13 @@ class Gradients(Rows):
         Abadi et al. 2016, Deep learning with differential privacy, algorithm 1; Li et al. 2022,
         Large language models can be strong differentially private learners ("ghost clipping").
         """
-        _check_per(per)
+        check_one_of(per, _PER, "per")
         groups = list(dict.fromkeys(group_of(key, per) for key in self))
         limits = self._limits(max_norm, groups)
         return self._ordered(query(_clipped, per=per)(self._factors, limits))
 
     def slices(self, key: Any) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-        """Return a table's gradient as the rows that are not zero, each id once per example.
+        """Return the rows of a table's gradient that need not be zero, each once per example.
 
         Parameters
         ----------
@@ -199,11 +199,6 @@ def _is_positive(value: Any) -> bool:
         return False
 
 
-def _check_per(per: Any) -> None:
-    if per not in _PER:
-        raise InputError(f"Expected per= one of {_PER}. Received: {per!r}.")
-
-
 def _spread(factors: Factors, divisor: tf.Tensor) -> dict[str, tf.Tensor]:
     """Σ_b (g_b - ḡ)² / divisor, by key."""
     return {key: factor.squared_deviations() / divisor for key, factor in factors.items()}
@@ -212,11 +207,9 @@ def _spread(factors: Factors, divisor: tf.Tensor) -> dict[str, tf.Tensor]:
 def _clipped(
     factors: Factors, limits: Mapping[str, tf.Tensor], per: str | None
 ) -> dict[str, tf.Tensor]:
-    found = norms(factors, per)
-    found = found if per else {"": found}
     kept = {  # min(1, c / ‖g‖), also where g is zero, or c beyond the type's range
         group: tf.where(norm <= limits[group], tf.ones_like(norm), limits[group] / norm)
-        for group, norm in found.items()
+        for group, norm in grouped_norms(factors, per).items()
     }
     return {key: factor.vjp(kept[group_of(key, per)][:, None]) for key, factor in factors.items()}
 

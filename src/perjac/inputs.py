@@ -137,14 +137,15 @@ class Batch:
         NotFiniteError
             If a number in it is NaN or infinite indeed.
         """
-        for tensor, name, good in zip(self.tensors, self.names, fine, strict=True):
+        whole = zip(self.tensors, self.names, fine, strict=True)
+        for n, (tensor, name, good) in enumerate(whole):
             if good:
                 continue
             rest = list(range(1, tensor.shape.rank))
             bad = np.flatnonzero(~tf.reduce_all(tf.math.is_finite(tensor), rest).numpy())
             if bad.size:
                 raise NotFiniteError(
-                    f"Input {name!r} has NaN or Inf in example {bad[0]}"
+                    f"{_kind(n < self.inputs)} {name!r} has NaN or Inf in example {bad[0]}"
                     + (f" and {bad.size - 1} more" if bad.size > 1 else "")
                     + ". Remove or mend these examples."
                 )
@@ -155,11 +156,7 @@ def declared(model: Any) -> list[Expected]:
     inputs = getattr(model, "inputs", None)
     if not inputs or not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in inputs):
         return []
-    named = [t.name for t in inputs]
-    return [
-        Expected(name, tuple(t.shape), tf.as_dtype(t.dtype))
-        for name, t in zip(named, inputs, strict=True)
-    ]
+    return [Expected(t.name, tuple(t.shape), tf.as_dtype(t.dtype)) for t in inputs]
 
 
 def beside(batch: Batch, dtype: tf.DType | None, **more: Any) -> Batch:
@@ -229,7 +226,7 @@ def prepare(
         )
     specs, names = _paired(x, expected, len(leaves), called)
     tensors = [
-        _tensor(leaf, name, spec, dtype)
+        _tensor(leaf, name, spec, dtype, is_input=called == "inputs")
         for leaf, name, spec in zip(leaves, names, specs, strict=True)
     ]
     _check_sizes(tensors, names)
@@ -239,7 +236,7 @@ def prepare(
 def _check_sizes(tensors: Sequence[tf.Tensor], names: Sequence[str]) -> None:
     sizes = {name: t.shape[0] for name, t in zip(names, tensors, strict=True)}
     if len(set(sizes.values())) > 1:
-        raise InputError(f"Expected inputs of one batch size. Received: {sizes}.")
+        raise InputError(f"Expected arrays of one batch size. Received: {sizes}.")
 
 
 def _is_one_array(x: Sequence[Any], count: int) -> bool:
@@ -255,38 +252,48 @@ def _paired(
     """Pair each leaf with what the model declares: a dict's by name, all others in order."""
     if isinstance(x, Mapping) and len(x) == count:
         keys = sorted(x)  # the order of tf.nest
-        known = {e.name: e for e in expected}
-        if expected and set(keys) - set(known):
+        by_name = {e.name: e for e in expected}
+        if expected and set(keys) - set(by_name):
             return list(expected), [e.name for e in expected]
         given = [str(key) if called == "inputs" else f"{called}[{key!r}]" for key in keys]
-        return [known.get(key) for key in keys], given
+        return [by_name.get(key) for key in keys], given
     if expected:
         return list(expected), [e.name for e in expected]
     return [None] * count, [called] if count == 1 else [f"{called}_{n}" for n in range(count)]
 
 
-def _tensor(leaf: Any, name: str, spec: Expected | None, dtype: tf.DType | None) -> tf.Tensor:
+def _kind(is_input: bool) -> str:
+    """Return what messages call an array: labels and weights are no inputs."""
+    return "Input" if is_input else "Array"
+
+
+def _tensor(
+    leaf: Any, name: str, spec: Expected | None, dtype: tf.DType | None, is_input: bool
+) -> tf.Tensor:
+    what = f"{_kind(is_input)} {name!r}"
     if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
         raise InputError(
-            f"Input {name!r} is a {type(leaf).__name__}. perjac takes dense tensors: use "
+            f"{what} is a {type(leaf).__name__}. perjac takes dense tensors: use "
             f".to_tensor() and a mask, or tf.sparse.to_dense()."
         )
     try:
         tensor = tf.convert_to_tensor(leaf)
     except (ValueError, TypeError) as failure:
-        raise InputError(f"Input {name!r} is no array of numbers: {failure}") from failure
+        raise InputError(f"{what} is no array of numbers: {failure}") from failure
     if tensor.dtype == tf.string:
-        raise InputError(
-            f"Input {name!r} holds text. Put the text vectorisation before the model and give "
-            "perjac its integers."
+        instead = (
+            "Put the text vectorisation before the model and give perjac its integers."
+            if is_input
+            else "Expected numbers, such as those of classes counted from 0."
         )
+        raise InputError(f"{what} holds text. {instead}")
     if spec is not None:
         tensor = tf.cast(tensor, spec.dtype)
         _check_shape(tensor, name, spec)
     elif dtype is not None and tensor.dtype.is_floating:
         tensor = tf.cast(tensor, dtype)
     if tensor.shape.rank == 0:
-        raise InputError(f"Input {name!r} is a single number. Expected a batch of examples.")
+        raise InputError(f"{what} is a single number. Expected a batch of examples.")
     return tensor
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.errors import InputError
+from perjac.errors import check_one_of
 from perjac.factors import Factor
 from perjac.rows import Rows, norms, query
 from perjac.shapes import known
@@ -67,8 +67,7 @@ class Jacobian(Rows):
         tf.Tensor or dict of str to tf.Tensor
             (B,); (B, K); or {key: (B,)}.
         """
-        if per not in (None, "row", "source", "layer"):
-            raise InputError(f"Expected per=None, 'row', 'source' or 'layer'. Received: {per!r}.")
+        check_one_of(per, (None, "row", "source", "layer"), "per")
         if per == "row":
             return self._lengths()
         return self._as_sources(query(norms, per=per)(self._factors))

@@ -16,13 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import host
-from perjac.errors import (
-    ExamplesMeetError,
-    InputError,
-    OutOfRangeError,
-    UnknownNameError,
-    nearest,
-)
+from perjac.errors import ExamplesMeetError, InputError, OutOfRangeError, UnknownNameError, nearest
+from perjac.precision import at_least_float32
 from perjac.reduction import reduced
 from perjac.shapes import shown
 
@@ -37,6 +32,9 @@ _OF_PROBABILITIES = (
     "binary_crossentropy", "binary_focal_crossentropy", "categorical_crossentropy",
     "categorical_focal_crossentropy", *_SPARSE,
 )  # fmt: skip
+
+# Names that Keras takes for losses without showing them in keras.losses.
+_SHORT = {"bce", "ce", "crossentropy", "kld", "mae", "mape", "mse", "msle"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,18 +148,14 @@ class Objective:
         `outputs` takes a head's name to some of its outputs.
         """
         for term in self._terms[_shapes(y)]:
-            options = host.loss_options(term.loss)
-            if (
-                term.head is None
-                or term.name not in _OF_PROBABILITIES
-                or options.get("from_logits")
-            ):
+            if term.head is None or term.name not in _OF_PROBABILITIES:
+                continue
+            if host.loss_options(term.loss).get("from_logits"):
                 continue
             p = np.asarray(outputs(term.head), "float64")
             if not p.size or not np.isfinite(p).all():
                 continue
-            sums = 1 if "binary" in term.name else p.sum(-1)
-            if p.min() < 0 or p.max() > 1 + 1e-3 or not np.allclose(sums, 1, atol=1e-2):
+            if not are_probabilities(p, one_class_each="binary" not in term.name):
                 return (
                     f"The loss {term.name!r} takes the output {term.head!r} for probabilities, but "
                     f"they range from {p.min():.3g} to {p.max():.3g}. If these are logits, give "
@@ -240,9 +234,10 @@ def compiled(model: Any) -> tuple[Any, Any]:
     return _wrapped(found[0]), found[1]
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """Return a floating type that losses may be computed in: half precision is too coarse."""
-    return tf.float32 if dtype is not None and dtype.size < 4 else dtype
+def are_probabilities(outputs: np.ndarray, one_class_each: bool) -> bool:
+    """Tell whether numbers may be probabilities: of classes one of which holds, or of each."""
+    inside = outputs.min() >= 0 and outputs.max() <= 1 + 1e-3
+    return bool(inside and (not one_class_each or np.allclose(outputs.sum(-1), 1, atol=1e-2)))
 
 
 def _wrapped(loss: Any) -> Any:
@@ -329,7 +324,7 @@ def _loss(loss: Any, output: tf.Tensor, y: Any) -> Any:
         try:
             found = keras.losses.get(loss)
         except (ValueError, TypeError) as failure:
-            known = [n for n, kind in vars(keras.losses).items() if callable(kind)]
+            known = sorted(_SHORT.union(vars(keras.losses)) - {"deserialize", "get", "serialize"})
             raise UnknownNameError(
                 f"There is no Keras loss {loss!r}. {nearest(str(loss), known)}"
             ) from failure
@@ -392,9 +387,12 @@ def _only(given: Any, what: str) -> Any:
 def _classes(given: Mapping[int, float] | None) -> dict[int, float]:
     if given is None:
         return {}
-    if not isinstance(given, Mapping):
-        raise InputError(f"Expected class_weight= as {{class: weight}}. Received: {given!r}.")
-    return {int(label): float(weight) for label, weight in sorted(given.items())}
+    try:
+        return {int(label): float(weight) for label, weight in sorted(given.items())}
+    except (AttributeError, TypeError, ValueError) as failure:
+        raise InputError(
+            f"Expected class_weight= as {{class: weight}}. Received: {given!r}."
+        ) from failure
 
 
 def _is_nested(loss: Any) -> bool:

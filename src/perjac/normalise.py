@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from typing import Any
 
 import tensorflow as tf
@@ -15,7 +14,7 @@ import tensorflow as tf
 from perjac import host
 from perjac.batch_first import TURNED, elsewhere, turn
 from perjac.custom_gradients import is_custom
-from perjac.errors import SlowPathWarning
+from perjac.errors import SlowPathWarning, warn
 from perjac.flatten import CALLS, Flattener
 from perjac.loops import LOOPS, Kinds, Loop, StandIn
 from perjac.lowering import CONVOLUTIONS, lower
@@ -62,12 +61,11 @@ def _built_anew(program: Program, for_rules: bool) -> Program:
     try:
         return _rebuilt(program, for_rules)
     except Exception as failure:  # TensorFlow raises whatever an unforeseen graph runs into
-        warnings.warn(
+        warn(
             f"The model's nested functions and loops could not be looked into "
             f"({type(failure).__name__}: {str(failure).splitlines()[0][:200]}): their weights go "
             "to the tape path.",
             SlowPathWarning,
-            stacklevel=6,
         )
         return program
 

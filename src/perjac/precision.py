@@ -1,4 +1,4 @@
-"""A traced graph with its floating types raised to float64, for an exact reference of any model."""
+"""Floating types, and wider ones: of a whole traced graph, for an exact reference of any model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from tensorflow.core.framework import graph_pb2, types_pb2
 # The distance from 1 to the next number.
 EPSILON = {tf.float64: 2**-52, tf.float32: 2**-23, tf.float16: 2**-10, tf.bfloat16: 2**-7}
 _NARROW = {types_pb2.DT_HALF, types_pb2.DT_BFLOAT16, types_pb2.DT_FLOAT}
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """Return a floating type that losses may be computed in: half precision is too coarse."""
+    return tf.float32 if dtype is not None and dtype.size < 4 else dtype
 
 
 def raised(graph_def: Any) -> Any:

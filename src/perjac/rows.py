@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from perjac import host, memory, sketch
 from perjac.combination import held_in
-from perjac.errors import InputError, UnknownNameError, nearest
+from perjac.errors import InputError, UnknownNameError, check_counts, check_one_of, nearest
 from perjac.explanation import Explanation
 from perjac.factors import Explicit, Factor
 from perjac.sources import ByKey, Source, Weights, is_variable, match
@@ -210,13 +210,11 @@ class Rows(Mapping):
         Johnson and Lindenstrauss 1984; Pham and Pagh 2013, TensorSketch ("sparse"), whose variance
         is bounded in Avron, Nguyen and Woodruff 2014; Sun et al. 2018, tensor random projections.
         """
-        if not isinstance(dim, int) or dim < 1:
-            raise InputError(f"Expected dim= as a positive int. Received: {dim!r}.")
-        if kind not in sketch.KINDS:
-            raise InputError(f"Expected kind= one of {sketch.KINDS}. Received: {kind!r}.")
+        check_counts(dim=dim)
+        check_one_of(kind, sketch.KINDS, "kind")
         places = {key: source.place for key, source in self._sources.items()}
         sides = {places[key]: factor.sides for key, factor in self._factors.items()}
-        by_place = sketch.draw(sides, dim, seed, kind, self._held)
+        by_place = sketch.draw(sides, int(dim), seed, kind, self._held)
         drawn = {key: by_place[places[key]] for key in self._factors}
         return self._shown(query(_projected)(self._factors, drawn))
 
@@ -236,8 +234,9 @@ class Rows(Mapping):
             A table: print it, or read its `rows`. Multiply-adds and numbers formed on the way,
             beside those of the other ways there are, for one example.
         """
-        if question not in _QUERIES or not hasattr(self, question):
-            raise UnknownNameError(f"There is no query {question!r}. {nearest(question, _QUERIES)}")
+        queries = [name for name in _QUERIES if hasattr(self, name)]
+        if question not in queries:
+            raise UnknownNameError(f"There is no query {question!r}. {nearest(question, queries)}")
         return Explanation.of(question, self._factors, self.shape[0], dim)
 
     def _lengths(self) -> tf.Tensor:
@@ -275,14 +274,16 @@ class Rows(Mapping):
     def _directions(self, v: Any) -> dict[str, tf.Tensor]:
         sources = list(self._sources.values())
         if isinstance(v, Mapping):
-            named = {self._find(key): value for key, value in v.items()}
-            wrong = [s for s, value in named.items() if tuple(value.shape) != s.shape]
-            if wrong or not named:
-                raise InputError(
-                    f"Expected v[{wrong[0].key!r}] of shape {wrong[0].shape}. Received: "
-                    f"{tuple(named[wrong[0]].shape)}." if wrong else "v is empty."
-                )  # fmt: skip
-            return {s.key: tf.cast(value, self._held) for s, value in named.items()}
+            named = {self._find(key): tf.convert_to_tensor(value) for key, value in v.items()}
+            if not named:
+                raise InputError("Expected v to have a direction for some source. Received: {}.")
+            for source, value in named.items():
+                if tuple(value.shape) != source.shape:
+                    raise InputError(
+                        f"Expected v[{source.key!r}] of shape {source.shape}. "
+                        f"Received: {tuple(value.shape)}."
+                    )
+            return {source.key: tf.cast(value, self._held) for source, value in named.items()}
         flat = tf.convert_to_tensor(v)
         if tuple(flat.shape) != (self.shape[-1],):
             raise InputError(
@@ -317,11 +318,16 @@ def lengths(factors: Factors) -> tf.Tensor:
 
 def norms(factors: Factors, per: str | None) -> Any:
     """Return each example's norm, (B,): of all, or by "source" or "layer"."""
+    found = grouped_norms(factors, per)
+    return found if per else found[""]
+
+
+def grouped_norms(factors: Factors, per: str | None) -> dict[str, tf.Tensor]:
+    """Return each example's norm of every group, (B,), by what `group_of` calls it."""
     squared: dict[str, list[tf.Tensor]] = {}
     for key, factor in factors.items():
         squared.setdefault(group_of(key, per), []).append(tf.reduce_sum(factor.squared_norms(), 1))
-    found = {name: tf.sqrt(tf.add_n(parts)) for name, parts in squared.items()}
-    return found if per else found[""]
+    return {name: tf.sqrt(tf.add_n(parts)) for name, parts in squared.items()}
 
 
 def group_of(key: str, per: str | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pathlib
 import tempfile
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from perjac.errors import (
     LostGradientWarning,
     UnknownNameError,
     nearest,
+    warn,
 )
 
 _GRADIENT = "_gradient_op_type"
@@ -123,12 +123,11 @@ def _without_lost_gradients(path: pathlib.Path, copy: pathlib.Path) -> pathlib.P
                 lost += 1
     if not lost:
         return path
-    warnings.warn(
+    warn(
         f"The SavedModel {path} was saved without its {lost} custom gradients (of SiLU, say): the "
         "plain gradients of their operations take their place. To keep them, save it with "
         "tf.saved_model.SaveOptions(experimental_custom_gradients=True).",
         LostGradientWarning,
-        stacklevel=6,
     )
     for part in path.iterdir():
         if part != file:

@@ -6,6 +6,7 @@ Knows names, shapes and dtypes. Must not know graphs or how a derivative is comp
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -48,6 +49,23 @@ def activation(layer: Any, call: int | None = None) -> Activation:
     return Activation(layer if isinstance(layer, str) else layer.name, call)
 
 
+def activation_of(layer: Any) -> Activation:
+    """Return the output that `layer=` names: a layer's, its name's, or one that is named already.
+
+    Raises
+    ------
+    InputError
+        If it is none of these.
+    """
+    if isinstance(layer, Activation):
+        return layer
+    if isinstance(layer, str) or host.is_layer(layer):
+        return activation(layer)
+    raise InputError(
+        f"Expected layer= as a layer, its name, or pj.activation(name, call). Received: {layer!r}."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One thing differentiated against: its key, its shape for one example, and where it is.
@@ -71,10 +89,7 @@ class Source:
     @property
     def size(self) -> int:
         """Entries for one example."""
-        size = 1
-        for dim in self.shape:
-            size *= dim
-        return size
+        return math.prod(self.shape)
 
 
 class Weights:
@@ -147,8 +162,7 @@ class ByKey(dict):
         self._find = find or (lambda key: key)
 
     def __getitem__(self, key: Any) -> Any:
-        variable = self._find is not None and is_variable(key)  # which cannot be hashed
-        return super().__getitem__(self._find(key) if variable else key)
+        return super().__getitem__(self._find(key) if is_variable(key) else key)  # no hash
 
     def __missing__(self, key: Any) -> Any:
         found = self._find(key)

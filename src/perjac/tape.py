@@ -6,14 +6,13 @@ Where pfor cannot convert an operation, one example after another, and it says s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from perjac import host
-from perjac.errors import SlowPathWarning
+from perjac.errors import SlowPathWarning, warn
 from perjac.seeds import Seeds, select
 from perjac.shapes import known
 from perjac.sources import Source
@@ -81,12 +80,11 @@ class Tape:
                 self._trusted = not self._refused
                 if self._trusted:
                     return rows
-        warnings.warn(
+        warn(
             f"The tape path goes example by example, which is slow, for "
             f"{', '.join(s.key for s in self._sources[:5])}"
             f"{', …' if len(self._sources) > 5 else ''}: {self._refused}",
             SlowPathWarning,
-            stacklevel=5,
         )
         alone = [self._single([t[b] for t in inputs], payload[b]) for b in range(batch)]
         return [tf.stack(rows) for rows in zip(*alone, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +16,12 @@ from perjac.errors import (
     NotFiniteError,
     PathError,
     SlowPathWarning,
+    warn,
 )
 from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
 from perjac.layout import Relabelling
+from perjac.normalise import flatten
 from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
 from perjac.seeds import Seeds
 from perjac.shapes import size
@@ -59,6 +60,11 @@ class Traced:
         self._order = independence.Order()
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
+
+    @functools.cached_property
+    def plain(self) -> Program:
+        """The trace without calls, its loops closed: what can be run in any other graph."""
+        return flatten(self.program.origin or self.program)
 
     def row_shape(self, head: str) -> tuple[int, ...]:
         """Return an output's shape for one example.
@@ -120,7 +126,7 @@ class Traced:
             For `path="factored"` where one needs the tape.
         """
         refused = self._why_tape(head)
-        made = self._once(
+        made = self.once(
             ("decisions", head, tuple(weights), count, refused, self._order),
             lambda: decide(self.program, self._flow, head, weights, count, refused, self._order),
         )
@@ -149,6 +155,9 @@ class Traced:
 
     def footprint(self, head: str) -> int:
         """Return the bytes that all tensors on the way to an output take for one example."""
+        return self.once(("footprint", head), lambda: self._footprint(head))
+
+    def _footprint(self, head: str) -> int:
         graph, extents = self.program.graph, self.program.extents
         needed = sites.upstream(self.program, [head])
         tensors = [t for op in graph.get_operations() if op.name in needed for t in op.outputs]
@@ -228,11 +237,10 @@ class Traced:
         """Let everything go to the tape from here on, and say so."""
         text = f"{failure}".strip().partition("\n")[0][:200]
         self._refused[head] = f"the factored path fails with {type(failure).__name__}: {text}"
-        warnings.warn(
+        warn(
             f"The output {self.program.called(head)!r} goes to the tape path, which is slow: "
             f"{self._refused[head]}",
             SlowPathWarning,
-            stacklevel=4,
         )
 
     def _sweep(
@@ -248,7 +256,7 @@ class Traced:
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
         answers = []
         for block in chosen.blocks(rows_at_once(self.program, chosen.count)):
-            chunk = self._once(
+            chunk = self.once(
                 ("chunk", head, block.count, batch.size),
                 functools.partial(chunk_of, self.program, head, block.count, batch.size),
             )
@@ -273,13 +281,13 @@ class Traced:
     ) -> Job:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
         how = (signature, chunk, self._order, dtype, self._jit and any(wanted))
-        return self._once(
+        return self.once(
             ("job", head, wanted, *how), lambda: Job(self.program, head, decisions, tensors, *how)
         )
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
         program = self.program
-        return self._once(
+        return self.once(
             ("tape", head, tuple(sources), kind),
             lambda: Tape(
                 self._callee,
@@ -293,7 +301,8 @@ class Traced:
             ),
         )
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes, made once for this key: a question about the graph."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -344,8 +353,7 @@ def _finder(program: Program, name: str) -> Callable[..., tf.Tensor]:
 def _warn_disconnected(output: str, sources: Sequence[Source]) -> None:
     names = ", ".join(repr(source.key) for source in sources[:8])
     more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
-    warnings.warn(
+    warn(
         f"The output {output!r} does not depend on {names}{more}: the Jacobian is zero there.",
         DisconnectedWarning,
-        stacklevel=4,
     )

@@ -5,6 +5,7 @@ Turns what users hand over into batches and traces; must not know what will be a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Traces:
         )
         self._made: dict[tuple, tuple[Traced, Names]] = {}
 
-    @property
+    @functools.cached_property
     def floating(self) -> tf.DType | None:
         """The weights' floating type, which data takes where the model declares none."""
         dtypes = [host.tf_variable(v).dtype for v in self.weights.variables]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import tensorflow as tf
@@ -39,11 +39,14 @@ class Way:
         The arithmetic.
     entries : int
         Numbers formed on the way, beside the factor and the answer.
+    forms : bool
+        Whether it is by the rows themselves.
     """
 
     name: str
     multiply_adds: int
     entries: int
+    forms: bool = False
 
     @property
     def cost(self) -> int:
@@ -80,7 +83,7 @@ class Factor:
     @property
     def row_count(self) -> int | None:
         """K, where it is known."""
-        return self.delta.shape[1]  # type: ignore[attr-defined]
+        return self._any_tensor().shape[1]
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -99,7 +102,7 @@ class Factor:
         `dim` is of a projection.
         """
         rows = (self.row_count or 1) * size(self.layout.target)
-        return [Way("form the rows", self._forming(), rows)]
+        return [Way("form the rows", self._forming(), rows, forms=True)]
 
     def dense(self) -> tf.Tensor:
         """Form the rows on the weight's axes, (B, K, *W.shape)."""
@@ -272,11 +275,6 @@ class Explicit(Factor):
         """Return what is held."""
         return self.jacobian
 
-    @property
-    def row_count(self) -> int | None:
-        """K."""
-        return self.jacobian.shape[1]
-
     def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the only one: the rows are there."""
         return [Way("the rows are held", 0, 0)]
@@ -305,7 +303,34 @@ class Zero(Factor):
 
     def squared_norms(self) -> tf.Tensor:
         """Return zeros, (B, K)."""
-        return tf.zeros(tf.shape(self.delta)[:2], self.delta.dtype)
+        return self._zeros(lead_of(self.delta))
+
+    def gram(self, other: Factor) -> tf.Tensor:
+        """Return zeros, (B, K, B', K')."""
+        return self._zeros([*lead_of(self.delta), *lead_of(other._any_tensor())])
+
+    def jvp(self, v: tf.Tensor) -> tf.Tensor:
+        """Return zeros, (B, K)."""
+        return self.squared_norms()
+
+    def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
+        """Return zeros, of the weight's shape; (B, *W.shape) if `per_example`."""
+        return self._zeros([*lead_of(self.delta)[:per_example], *self.layout.shape])
+
+    def diagonal(self) -> tf.Tensor:
+        """Return zeros, of the weight's shape."""
+        return self._zeros(self.layout.shape)
+
+    def squared_deviations(self) -> tf.Tensor:
+        """Return zeros, of the weight's shape."""
+        return self._zeros(self.layout.shape)
+
+    def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
+        """Return zeros, (B, K, dim)."""
+        return self._zeros([*lead_of(self.delta), drawn[self.sides[0]].dim])
+
+    def _zeros(self, shape: Sequence[Any]) -> tf.Tensor:
+        return tf.zeros([*shape], self.delta.dtype)
 
     def compact(self) -> Factor:
         """Return itself: nothing is smaller."""

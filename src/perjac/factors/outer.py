@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors.base import Factor, Way, gram_of, sum_of_squares
+from perjac.factors.base import Factor, Way, gram_of
 from perjac.patches import Patches
 from perjac.shapes import size
 from perjac.sketch import Side
@@ -43,7 +43,7 @@ class Outer(Factor):
     def ways(self, question: str, dim: int = 1) -> list[Way]:
         """Return the ways to an answer, the cheapest first."""
         t, (i, o), k = self.positions or 1, self.layout.target, self.row_count or 1
-        form = Way("form I×O", self._forming(), k * i * o)
+        form = Way("form I×O", self._forming(), k * i * o, forms=True)
         if question in ("norms", "clipped_sum"):
             if self.rank_one:
                 return [Way("‖a‖²‖δ‖²", i + k * o, 0), form]
@@ -58,7 +58,8 @@ class Outer(Factor):
         if question == "project":
             sketch = Way("sketch a and δ", t * dim * (i + k * o), t * dim * (1 + k))
             rest = k * dim * (i * o + min(i, o))
-            after = Way("form and sketch I×O", form.multiply_adds + rest, form.entries + k * dim)
+            work, formed = form.multiply_adds + rest, form.entries + k * dim
+            after = Way("form and sketch I×O", work, formed, forms=True)
             return sorted([sketch, after], key=lambda way: way.cost)
         return [form]
 
@@ -78,8 +79,8 @@ class Outer(Factor):
         if self.rank_one:
             lengths = tf.reduce_sum(tf.square(self.a), 2)  # (B, 1)
             return lengths * tf.reduce_sum(tf.square(self.delta), [2, 3])
-        if self.ways("norms")[0].name != "T×T Gram":
-            return self._each_example(lambda part: sum_of_squares(part.rows()))
+        if self.ways("norms")[0].forms:
+            return super().squared_norms()
         a = self.columns
         similar = tf.matmul(a, a, transpose_b=True)[:, None]  # (B, 1, T, T)
         squared = tf.reduce_sum(
@@ -142,7 +143,7 @@ class Outer(Factor):
         Where there are more positions than that is worth, of the rows.
         """
         left, right = (drawn[side] for side in self.sides)
-        if self.ways("project", left.dim)[0].name != "sketch a and δ":
+        if self.ways("project", left.dim)[0].forms:
             return super().project(drawn)
         a, delta = left.of(self.columns), right.of(self.delta)  # (B, T, dim), (B, K, T, dim)
         return left.finish(tf.reduce_sum(a[:, None] * delta, 2))

@@ -26,11 +26,6 @@ class Sum(Factor):
         """Form and add, (B, K, *W.shape)."""
         return tf.add_n([part.dense() for part in self.parts])
 
-    @property
-    def row_count(self) -> int | None:
-        """K."""
-        return self.parts[0].row_count
-
     def gram(self, other: Factor) -> tf.Tensor:
         """Add the inner products of all pairs of parts."""
         others = other.parts if isinstance(other, Sum) else (other,)
@@ -46,9 +41,12 @@ class Sum(Factor):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """The parts' sides, where all have the same two; else those of the weight's own axes."""
+        """The parts' sides, where all run over the same axes; else those of the weight's own.
+
+        Parts may run over the axes of a side in different orders: each is a side of its own.
+        """
         if self._read_alike():
-            return self.parts[0].sides
+            return tuple(dict.fromkeys(side for part in self.parts for side in part.sides))
         return self._formed().sides
 
     def ways(self, question: str, dim: int = 1) -> list[Way]:

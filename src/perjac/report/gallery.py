@@ -124,7 +124,7 @@ class Gallery:
             kept = kept if self.for_all else np.arange(1)
             panels = []
             for wrt in dict.fromkeys(wrt for att in found.values() for wrt in att.inputs):
-                having = {name: att for name, att in found.items() if wrt in att.inputs}
+                having = {method: att for method, att in found.items() if wrt in att.inputs}
                 views = [
                     view
                     for method, att in having.items()
@@ -157,11 +157,11 @@ class Gallery:
         """Return an example's maps by a method, on one scale, with what is said below each."""
         x, maps = att.x_of(wrt)[n], att.maps_of(wrt)[n][kept]
         pieces, end = self._pieces(x, maps, len(kept) * len(att.inputs), _ids(given, x, n))
-        outputs, titles = np.ravel(att.outputs[n]), att.titles(n)
+        outputs, titles, numbers = np.ravel(att.outputs[n]), att.titles(n), att.numbers(n)
+        lacking = None if att.delta is None else np.ravel(np.asarray(att.delta)[n])
         views = []
         for place, (c, piece) in enumerate(zip(kept, pieces, strict=True)):
-            number = int(titles[c].split()[-1]) if titles[c] != "direction" else None
-            lacking = None if att.delta is None else np.ravel(np.asarray(att.delta)[n])
+            number = None if numbers is None else numbers[c]
             told = titles[c] if number is None else _told(titles[c], number, outputs, shares)
             views.append(
                 {
@@ -242,7 +242,7 @@ def _input(att: Attribution, n: int, wrt: str | None, given: Any) -> dict[str, A
     if _ids(given, x, n) is not None or x.ndim not in (2, 3, 4):
         return None
     if x.ndim == 2:
-        image = pictures.rgb(x.T[..., None])
+        image = x.T[..., None]
     else:
         image = np.moveaxis(x, pictures.channel_axis(x.shape) or -1, -1)
     if x.ndim == 4:

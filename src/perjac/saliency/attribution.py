@@ -133,13 +133,18 @@ class Attribution:
             return {wrt: one(wrt) for wrt in self.values}
         return one(None)
 
+    def numbers(self, example: int) -> list[int] | None:
+        """Return which output each of an example's maps explains; None for a direction."""
+        if self.for_all:
+            return list(range(np.size(self.outputs[example])))
+        if isinstance(self.target, str):
+            return None
+        return [int(np.broadcast_to(self.target, [len(self.outputs)])[example])]
+
     def titles(self, example: int) -> list[str]:
         """Return what each of an example's maps explains."""
-        if isinstance(self.target, str):
-            count = np.prod(np.shape(self.outputs)[1:], dtype=int)
-            return [f"output {n}" for n in range(count)] if self.for_all else ["direction"]
-        target = np.broadcast_to(self.target, [len(self.outputs)])
-        return [f"output {target[example]}"]
+        numbers = self.numbers(example)
+        return ["direction"] if numbers is None else [f"output {n}" for n in numbers]
 
     def figure(
         self,

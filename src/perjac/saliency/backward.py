@@ -7,29 +7,25 @@ numbers that it carries mean.
 from __future__ import annotations
 
 import dataclasses
-import warnings
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from perjac import host, seeds
+from perjac import host
 from perjac.custom_gradients import operands
-from perjac.engine import Engine
-from perjac.errors import DisconnectedWarning, InputError
+from perjac.errors import DisconnectedWarning, InputError, warn
 from perjac.loops import LOOPS
 from perjac.naming import before_link
-from perjac.normalise import flatten
 from perjac.saliency.explained import Explained
+from perjac.shapes import size
 from perjac.sites import upstream
 from perjac.trace import Program
+from perjac.traced import Traced
 
 # One for each output or operand, None where nothing arrives.
 Parts = list[Any]
-
-_COMPILED: weakref.WeakKeyDictionary[Engine, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,18 +273,17 @@ def explain(
     relevance : bool
         Whether the outputs' values are carried, with an account, and not the number 1.
     """
-    program, head, batch, places = explained.trace()
-    made = _COMPILED.setdefault(explained.engine, {})
+    traced, head, batch, places = explained.trace()
     every = explained.target.kind == "all"
-    key = key, batch.signature, head, tuple(places), every, relevance
-    if key not in made:
-        made[key] = _Carrier(program, head, places, rule, every, relevance, baseline is not None)
-    if made[key].disconnected:
-        warnings.warn(
+    carrier: _Carrier = traced.once(
+        ("carrier", key, head, tuple(places), every, relevance),
+        lambda: _Carrier(traced, head, places, rule, every, relevance, baseline is not None),
+    )
+    if carrier.disconnected:
+        warn(
             f"The output does not depend on {', '.join(map(repr, explained.names))}: the maps "
             "are zero.",
             DisconnectedWarning,
-            stacklevel=4,
         )
     if explained.size == 0:
         shapes = [[0, explained.target.count, *v.shape[1:]] for v in explained.values]
@@ -299,13 +294,13 @@ def explain(
         other = list(inputs)
         for place, value in zip(places, baseline or [], strict=False):
             other[place] = tf.gather(value, owners)
-        found.append(made[key].run(inputs, other, _seeds(explained, owners)))
+        found.append(carrier.run(inputs, other, _seeds(explained, owners)))
     values = [tf.concat(parts, 0) for parts in zip(*(v for v, _ in found), strict=True)]
     account: dict[str, dict[str, tf.Tensor]] = {}
     sums = tf.unstack(tf.concat([part for _, part in found], 0), axis=2)
-    for (layer, name), total in zip(made[key].entries, sums, strict=True):
+    for (layer, name), total in zip(carrier.entries, sums, strict=True):
         account.setdefault(layer, {})[name] = total
-    return Carried(values, account, made[key].rules)
+    return Carried(values, account, carrier.rules)
 
 
 class _Carrier:
@@ -313,7 +308,7 @@ class _Carrier:
 
     def __init__(
         self,
-        program: Program,
+        traced: Traced,
         head: str,
         places: Sequence[int],
         rule: Callable[[Route], Callable[[Operation], Pull]],
@@ -321,7 +316,7 @@ class _Carrier:
         relevance: bool,
         compares: bool,
     ):
-        program, head = _without_calls(program, head)
+        program, head = traced.plain, _in_plain(traced, head)
         sources = [program.inputs[n] for n in places]
         self.disconnected = head not in sources and not _between(program, head, sources)
         output = program.graph.get_tensor_by_name(head)
@@ -367,22 +362,17 @@ def _seeds(explained: Explained, owners: np.ndarray) -> tf.Tensor:
         return tf.gather(target.chosen, owners)[None]
     if target.kind == "all":
         return tf.reshape(tf.eye(target.count, dtype=outputs.dtype), [-1, 1, *target.shape])
-    asked = target.asked(np.arange(explained.size))["outputs"]
-    chosen = seeds.make(asked, None, explained.size, target.shape, outputs.dtype).payload
-    chosen = tf.gather(chosen, owners) if target.kind == "each" else chosen
-    hot = tf.one_hot(chosen, int(np.prod(target.shape)), dtype=outputs.dtype)
+    chosen = target.chosen[owners] if target.kind == "each" else [target.chosen]
+    hot = tf.one_hot(chosen, size(target.shape), dtype=outputs.dtype)
     return tf.reshape(hot, [1, -1, *target.shape])
 
 
-def _without_calls(program: Program, head: str) -> tuple[Program, str]:
-    whole = program.origin or program
-    flat = flatten(whole)
-    found = [name for name, tensor in program.heads.items() if tensor == head]
-    if found:
-        return flat, flat.heads[found[0]]
-    if any(head in calls for calls in program.taps.values()):
-        return flat, program.counterpart(head, flat)
-    return flat, before_link(flat, flat.head(None))[0]
+def _in_plain(traced: Traced, head: str) -> str:
+    """Return an output's tensor in the trace without calls."""
+    program, plain = traced.program, traced.plain
+    if head in program.heads.values() or any(head in calls for calls in program.taps.values()):
+        return program.counterpart(head, plain)
+    return before_link(plain, plain.head(None))[0]  # logits have no name
 
 
 def _between(program: Program, head: str, sources: Sequence[str]) -> dict[str, tuple[int, ...]]:

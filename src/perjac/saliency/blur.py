@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_one_of
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import lacking
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
-from perjac.saliency.paths import everywhere, integral
+from perjac.saliency.paths import integral
 from perjac.saliency.quadrature import quadrature
 from perjac.saliency.running import beside
 from perjac.shapes import known
@@ -92,10 +92,7 @@ def blur_ig(
     """
     given = {"steps": steps, "max_sigma": max_sigma, "rule": rule, "spacing": spacing}
     chosen = settle("blur_ig", convention, **given)
-    if chosen["spacing"] not in ("square", "linear"):
-        raise InputError(
-            f"Expected spacing= 'square' or 'linear'. Received: {chosen['spacing']!r}."
-        )
+    check_one_of(chosen["spacing"], ("square", "linear"), "spacing")
     if chosen["max_sigma"] is not None and not chosen["max_sigma"] > 0:
         raise InputError(f"Expected max_sigma= above 0. Received: {chosen['max_sigma']!r}.")
     explained = Explained(engine, x, target, wrt, of)
@@ -128,11 +125,10 @@ def blur_ig(
         _blur(value, np.array([end]), np.zeros(explained.size, int))[0]
         for value, end in zip(explained.values, widest, strict=True)
     ]
-    rise = explained.at_x - everywhere(explained, start)
     return explained.attribution(
         "blur_ig",
         values,
-        delta=explained.shown(tf.cast(lacking(values, rise), explained.outputs.dtype)),
+        delta=lacking(values, explained.rise(start)),
         facts=chosen | {"max_sigma": widest[0] if len(widest) == 1 else widest},
     )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_one_of
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.explained import Explained
 from perjac.saliency.spatial import RESIZES, Place, place, resized
@@ -39,12 +39,8 @@ class Finish:
     first: bool = False
 
     def __post_init__(self):
-        if self.resize not in RESIZES:
-            raise InputError(f"Expected resize= one of {RESIZES}. Received: {self.resize!r}.")
-        if self.normalise not in _NORMALISES:
-            raise InputError(
-                f"Expected normalise= one of {_NORMALISES}. Received: {self.normalise!r}."
-            )
+        check_one_of(self.resize, RESIZES, "resize")
+        check_one_of(self.normalise, _NORMALISES, "normalise")
 
     def __call__(self, maps: tf.Tensor, size: tuple[int, ...]) -> tf.Tensor:
         """Return maps (N, M, *grid) as shown, (N, M, *size)."""
@@ -264,10 +260,7 @@ def _finish(
 ) -> Finish:
     if convention is None:
         return Finish(rectify, resize, normalise)
-    if convention not in CONVENTIONS:
-        raise InputError(
-            f"Expected convention= one of {list(CONVENTIONS)}. Received: {convention!r}."
-        )
+    check_one_of(convention, list(CONVENTIONS), "convention")
     return CONVENTIONS[convention]
 
 
@@ -282,9 +275,10 @@ def _map(
     finish: Finish,
 ) -> Attribution:
     """Return one of the methods' answers; they differ in how channels are weighed."""
-    there = place(engine, x, layer, of)
-    seen, size = _under(engine, x, there, finish)
-    explained = Explained(engine, x, target, there.activation, of)
+    batch = engine.traces.prepare(x)
+    there = place(engine, batch, layer, of)
+    seen, size = _under(batch.tensors, there, finish)
+    explained = Explained(engine, batch.packed, target, there.activation, of)
     grid = list(known(explained.values[0].shape[1:]))
     del grid[there.channels - 1]
     parts = []
@@ -306,10 +300,9 @@ def _map(
 
 
 def _under(
-    engine: Engine, x: Any, there: Place, finish: Finish
+    tensors: Sequence[tf.Tensor], there: Place, finish: Finish
 ) -> tuple[tf.Tensor, tuple[int, ...]]:
     """Return the input that lies under a layer, and the lengths of its spatial axes."""
-    tensors = engine.traces.prepare(x).tensors
     if there.input < 0:
         if finish.resize is not None:
             raise InputError(

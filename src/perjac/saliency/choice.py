@@ -29,9 +29,7 @@ def choose(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Callab
         If none of the methods takes an option, one lacks an option that it needs, or a method is
         named twice.
     """
-    for name in names:
-        if name not in METHODS:
-            raise UnknownNameError(f"There is no method {name!r}. {nearest(name, METHODS)}")
+    methods = {name: named(name) for name in names}
     if len(set(names)) < len(names) or not names:
         raise InputError(f"Expected different methods. Received: {', '.join(names) or 'none'}.")
     for option in options:
@@ -46,10 +44,23 @@ def choose(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Callab
             raise InputError(f"{name} needs the option {missing[0]!r}.")
     return {
         name: functools.partial(
-            METHODS[name], **{o: value for o, value in options.items() if takes(name, o)}
+            method, **{o: value for o, value in options.items() if takes(name, o)}
         )
-        for name in names
+        for name, method in methods.items()
     }
+
+
+def named(name: str) -> Callable[..., Any]:
+    """Return a method by its name.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such method.
+    """
+    if name not in METHODS:
+        raise UnknownNameError(f"There is no method {name!r}. {nearest(str(name), METHODS)}")
+    return METHODS[name]
 
 
 def takes(method: str, option: str) -> bool:

@@ -8,14 +8,14 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import check_counts, check_one_of
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import between, lacking, starts
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
-from perjac.saliency.paths import everywhere, integral
+from perjac.saliency.paths import integral
 from perjac.saliency.quadrature import quadrature
-from perjac.sources import Activation, activation
+from perjac.sources import activation_of
 
 
 def layer_conductance(
@@ -90,14 +90,11 @@ def layer_conductance(
         "cells": _Path.by_cells,
         "differences": _Path.by_differences,
     }
-    if chosen["derivative"] not in ways:
-        raise InputError(
-            f"Expected derivative= one of {list(ways)}. Received: {chosen['derivative']!r}."
-        )
+    check_one_of(chosen["derivative"], list(ways), "derivative")
     path = _Path(Explained(engine, x, target, wrt, of), layer, chosen["baseline"])
     values = ways[chosen["derivative"]](path, chosen["rule"], chosen["steps"])
     explained = path.explained
-    delta = lacking([values], explained.at_x - everywhere(explained, path.first))
+    delta = lacking([values], explained.rise(path.first))
     return path.attribution(method, values, chosen, delta=delta)
 
 
@@ -156,7 +153,7 @@ class _Path:
     def __init__(self, explained: Explained, layer: Any, baseline: Any):
         self.explained = explained
         self.first = starts(baseline, explained)
-        self._layer = layer if isinstance(layer, Activation) else activation(layer)
+        self._layer = activation_of(layer)
         self._examples = np.arange(explained.size)
 
     def points(self, owners: np.ndarray, alphas: np.ndarray) -> list[tf.Tensor]:
@@ -200,6 +197,7 @@ class _Path:
 
     def by_differences(self, rule: str, steps: int) -> tf.Tensor:
         """Return Σ_k ∂f/∂A(α_k) (A(α_{k+1}) - A(α_k)) over the rule's steps + 1 nodes."""
+        check_counts(steps=steps)
         nodes = quadrature(rule, steps + 1)[0]
         first = nodes[:-1]
         return self._flow(first, first, nodes[1:])
@@ -233,6 +231,6 @@ class _Path:
             method,
             [values],
             {self._layer.layer: tf.concat(at_x, 0)},
-            delta=None if delta is None else explained.shown(tf.cast(delta, values.dtype)),
+            delta=delta,
             facts=shown | {"layer": self._layer.layer},
         )

@@ -1,4 +1,4 @@
-"""Other libraries' defaults, by method: numbers to compare with theirs. What is explicit wins."""
+"""Methods' options: our defaults, and other libraries' by name; what is explicit wins."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from perjac.saliency.attribution import Attribution
 from perjac.saliency.backward import Operation, Parts, Pull, Route, explain
 from perjac.saliency.baselines import lacking, starts
 from perjac.saliency.explained import Explained
-from perjac.saliency.paths import everywhere
 
 # Elementwise functions of one operand: the rescale rule.
 _CURVED = {
@@ -92,11 +91,10 @@ def deeplift(
         tf.expand_dims(x - x0, 1) * m
         for x, x0, m in zip(explained.values, start, carried.values, strict=True)
     ]
-    rise = explained.at_x - everywhere(explained, start)
     return explained.attribution(
         "deeplift",
         values,
-        delta=explained.shown(tf.cast(lacking(values, rise), rise.dtype)),
+        delta=lacking(values, explained.rise(start)),
         facts={"rule": "rescale"},
     )
 

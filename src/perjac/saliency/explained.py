@@ -7,6 +7,8 @@ are, chunks and memory is settled here, once.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +23,8 @@ from perjac.naming import before_link
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.rates import rates
 from perjac.saliency.tail import after
-from perjac.shapes import known
 from perjac.sources import Activation
-from perjac.trace import Program
+from perjac.traced import Traced
 
 # Points asked about at a time, where memory does not set a lower limit.
 _POINTS = 512
@@ -96,8 +97,6 @@ class Explained:
         Of what is looked at.
     values : list of tf.Tensor
         It at the examples, each (B, *shape).
-    outputs : tf.Tensor
-        The model's outputs, (B, *output_shape).
     target : Target
         What is explained.
     link : str
@@ -117,16 +116,32 @@ class Explained:
         self._engine, self._batch = engine, batch
         self._sources = [batch.names[n] for n in self._places]
         self.values = [batch.tensors[n] for n in self._places]
-        self.outputs = engine.outputs(batch.packed, of=of)
         traced, names = engine.traces.of(batch)
-        self._each = traced.footprint(names.head(of))
-        self.link = "" if of == "logits" else before_link(traced.program, names.head(of))[1]
-        self.target = make_target(target, self.outputs)
+        head = names.head(of)
+        self._each = traced.footprint(head)
+        self.link = "" if of == "logits" else before_link(traced.program, head)[1]
+        dtype = traced.program.graph.get_tensor_by_name(head).dtype
+        self.target = _target(target, traced.row_shape(head), dtype, self)
+
+    @functools.cached_property
+    def outputs(self) -> tf.Tensor:
+        """The model's outputs at the examples, (B, *output_shape)."""
+        return self._engine.outputs(self._batch.packed, of=self._of)
 
     @property
     def size(self) -> int:
         """B."""
         return self._batch.size
+
+    def at_examples(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Return the target and its gradients at the examples themselves, as `at` does."""
+        values, gradients, outputs = [], [], []
+        for owners in self.chunks(self.size):
+            found = self._asked([tf.gather(value, owners) for value in self.values], owners)
+            for parts, part in zip((values, gradients, outputs), found, strict=True):
+                parts.append(part)
+        self.outputs = tf.concat(outputs, 0)  # which need not be computed again
+        return tf.concat(values, 0), [tf.concat(g, 0) for g in zip(*gradients, strict=True)]
 
     def chunks(self, points: int) -> Iterator[np.ndarray]:
         """Cut the numbers 0 to `points` - 1 into runs, one or more, to be asked about at once.
@@ -158,30 +173,33 @@ class Explained:
         gradients : list of tf.Tensor
             One for each of `names`, (N, M, *shape).
         """
-        jac = self._engine.jacobian(
-            self._packed(points, owners),
-            wrt=self._sources,
-            of=self._of,
-            **self.target.asked(owners),
-        )
-        count = len(owners)
-        gradients = [
-            tf.reshape(jac[name], [count, self.target.count, *value.shape[1:]])
-            for name, value in zip(self._sources, self.values, strict=True)
-        ]
-        return self.target.of(jac.outputs, owners), gradients
+        values, gradients, _ = self._asked(points, owners)
+        return values, gradients
 
     def forward(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> tf.Tensor:
         """Return the target at other points, (N, M), without a gradient."""
         outputs = self._engine.outputs(self._packed(points, owners), of=self._of)
         return self.target.of(outputs, owners)
 
+    def everywhere(self, points: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Return the target at one point of each example, points (B, *shape), as (B, M)."""
+        parts = [
+            self.forward([tf.gather(p, owners) for p in points], owners)
+            for owners in self.chunks(self.size)
+        ]
+        return tf.concat(parts, 0)
+
     @property
     def engine(self) -> Engine:
         """Of the model, or of what follows the hidden layer that is looked at."""
         return self._engine
 
-    def trace(self) -> tuple[Program, str, Batch, list[int]]:
+    def rise(self, start: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Return f(x) - f(start), start (B, *shape) for each of `names`: (B, M), in float64."""
+        at_x, below = (tf.cast(f, tf.float64) for f in (self.at_x, self.everywhere(start)))
+        return at_x - below
+
+    def trace(self) -> tuple[Traced, str, Batch, list[int]]:
         """Return the trace, the output's tensor, the batch, and which of its tensors count.
 
         Raises
@@ -190,7 +208,7 @@ class Explained:
             If examples influence one another.
         """
         traced, head = self._engine.checked(self._batch, self._of)
-        return traced.program, head, self._batch, self._places
+        return traced, head, self._batch, self._places
 
     @property
     def at_x(self) -> tf.Tensor:
@@ -246,9 +264,12 @@ class Explained:
         method: str,
         values: Sequence[tf.Tensor],
         looked_at: dict[str, tf.Tensor] | None = None,
-        **more: Any,
+        *,
+        delta: tf.Tensor | None = None,
+        standard_error: Sequence[tf.Tensor] | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> Attribution:
-        """Return a method's answer, and what is more.
+        """Return a method's answer, as users see it.
 
         Parameters
         ----------
@@ -258,27 +279,30 @@ class Explained:
             One for each of `names`, (B, M, *shape).
         looked_at : dict of str to tf.Tensor, optional
             What the values are about, each (B, *shape), where that is not `values`.
-        **more
-            The rest of an Attribution, shaped as the user shall see it.
+        delta : tf.Tensor, optional
+            (B, M).
+        standard_error : sequence of tf.Tensor, optional
+            As `values`.
+        facts : dict, optional
+            How it was computed.
         """
         x = looked_at or dict(zip(self.names, self.values, strict=True))
         kinds = {"all": "all", "directions": "directions"}
         link = f"probabilities, after {self.link}" if self.link else "outputs"
         return Attribution(
             method=method,
-            values=self.arranged(values, x),
+            values=self._arranged(values, x),
             target=kinds.get(self.target.kind, self.target.chosen),
             outputs=self.outputs,
             x=next(iter(x.values())) if len(x) == 1 else x,
             explained="logits" if self._of == "logits" else link,
-            **more,
+            delta=None if delta is None else self.shown(tf.cast(delta, self.outputs.dtype)),
+            standard_error=None if standard_error is None else self._arranged(standard_error, x),
+            facts=facts or {},
         )
 
-    def arranged(
-        self, values: Sequence[tf.Tensor], like: dict[str, tf.Tensor] | None = None
-    ) -> Any:
+    def _arranged(self, values: Sequence[tf.Tensor], like: dict[str, tf.Tensor]) -> Any:
         """Return values (B, M, *shape) as users see them: one, or a dict, in the inputs' types."""
-        like = like or dict(zip(self.names, self.values, strict=True))
         shown = {
             name: self.shown(tf.cast(v, x.dtype))
             for (name, x), v in zip(like.items(), values, strict=True)
@@ -288,6 +312,23 @@ class Explained:
     def shown(self, values: tf.Tensor) -> tf.Tensor:
         """Return (B, M, ...) as users see it: without M, but for target "all"."""
         return values if self.target.kind == "all" else values[:, 0]
+
+    def _asked(
+        self, points: Sequence[tf.Tensor], owners: np.ndarray
+    ) -> tuple[tf.Tensor, list[tf.Tensor], tf.Tensor]:
+        """Return what `at` does, and the model's outputs (N, *output_shape)."""
+        jac = self._engine.jacobian(
+            self._packed(points, owners),
+            wrt=self._sources,
+            of=self._of,
+            **self.target.asked(owners),
+        )
+        count = len(owners)
+        gradients = [
+            tf.reshape(jac[name], [count, self.target.count, *value.shape[1:]])
+            for name, value in zip(self._sources, self.values, strict=True)
+        ]
+        return self.target.of(jac.outputs, owners), gradients, jac.outputs
 
     def _packed(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> Any:
         moved = dict(zip(self._places, points, strict=True))
@@ -305,32 +346,36 @@ class Explained:
         return _POINTS if allowed is None else max(1, min(_POINTS, allowed // each))
 
 
-def make_target(target: Any, outputs: tf.Tensor) -> Target:
-    """Return the outputs that a `target` means, for outputs (B, *output_shape)."""
-    shape = known(outputs.shape[1:])
+def _target(target: Any, shape: tuple[int, ...], dtype: tf.DType, explained: Explained) -> Target:
+    """Return the outputs that a `target` means, for outputs (B, *shape)."""
     if isinstance(target, str):
         if target == "all":
-            return Target("all", None, int(np.prod(shape)), shape)
+            return Target("all", None, math.prod(shape), shape)
         if target != "predicted":
             raise InputError(
                 "Expected target= an int, one int for each example, 'predicted', 'all', or "
                 f"cotangents. Received: {target!r}."
             )
-        flat = tf.reshape(outputs, [outputs.shape[0], -1])
+        flat = tf.reshape(explained.outputs, [explained.size, math.prod(shape)])
         return Target("each", np.asarray(tf.argmax(flat, 1)), 1, shape)
     array = np.asarray(target)
     if array.dtype.kind in "iu" and array.ndim <= 1:
+        if array.ndim and len(array) != explained.size:
+            raise InputError(
+                f"Expected target= as one number, or one for each of {explained.size} examples. "
+                f"Received: {len(array)} numbers."
+            )
         asked = array if array.ndim else int(array)
-        chosen = seeds.make(asked, None, len(outputs), shape, outputs.dtype).payload.numpy()
+        chosen = seeds.make(asked, None, explained.size, shape, dtype).payload.numpy()
         return (
             Target("each", chosen, 1, shape) if array.ndim else Target("one", chosen[0], 1, shape)
         )
-    if array.shape != tuple(outputs.shape):
+    if array.shape != (explained.size, *shape):
         raise InputError(
-            f"Expected target= as directions of shape {tuple(outputs.shape)}, or as numbers of "
+            f"Expected target= as directions of shape {(explained.size, *shape)}, or as numbers of "
             f"outputs. Received: an array of shape {array.shape} and type {array.dtype}."
         )
-    return Target("directions", tf.cast(target, outputs.dtype), 1, shape)
+    return Target("directions", tf.cast(target, dtype), 1, shape)
 
 
 def _places(batch: Batch, wrt: Any) -> list[int]:

@@ -49,6 +49,10 @@ class Example:
     tokens: Sequence[Any] | None = None
     features: Sequence[Any] | None = None
 
+    def is_framed(self, n: int) -> bool:
+        """Return whether map n is of the class predicted, with others to tell it from."""
+        return n == self.framed and len(self.maps) > 1
+
     @property
     def image(self) -> np.ndarray:
         """The input with its channels last; a matrix becomes an image with one channel."""
@@ -205,7 +209,7 @@ def _image(example: Example, ways: Sequence[str]) -> tuple[Any, str]:
             _map(axes, values[n], end)
         both = len(ways) > 1 and way == "over"
         axes.set_title("over the input" if both else example.titles[n], fontsize=9)
-        if n == example.framed and len(values) > 1:
+        if example.is_framed(n):
             _frame(axes)
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -236,8 +240,7 @@ def _heat(example: Example) -> tuple[Any, str]:
     grid[0].set_title("input", fontsize=9)
     for n, axes in enumerate(grid[1:]):
         _map(axes, values[n].T, end, aspect="auto")
-        axes.set_title(example.titles[n], fontsize=9)
-        _embolden(axes, n == example.framed and len(values) > 1)
+        _title(axes, example, n)
     for axes in grid:
         bare(axes)
         axes.set_ylabel(f"{example.x.shape[1]} features", fontsize=8)
@@ -263,8 +266,7 @@ def _lines(example: Example) -> tuple[Any, str]:
             axes.fill_between(positions, part, step="mid", color=tint, linewidth=0)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_ylim(-1.05 * largest if values.min() < 0 else 0, 1.05 * largest)
-        axes.set_title(example.titles[n], fontsize=9)
-        _embolden(axes, n == example.framed and len(values) > 1)
+        _title(axes, example, n)
     for axes in grid:
         axes.tick_params(labelsize=8)
         _open(axes)
@@ -296,11 +298,10 @@ def _bars(example: Example) -> tuple[Any, str]:
         )
         axes.set_yticks(range(shown), labels)
         axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_title(example.titles[n], fontsize=9)
+        _title(axes, example, n)
         axes.tick_params(labelsize=8)
         axes.tick_params(axis="y", length=0)
         _open(axes, "left")
-        _embolden(axes, n == example.framed and len(flat) > 1)
     rest = f"the {shown} largest of {flat.shape[1]} values" if flat.shape[1] > shown else ""
     return figure, rest
 
@@ -325,10 +326,7 @@ def _tokens(example: Example) -> tuple[Any, str]:
         axes.set_xlim(0, 92)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.axis("off")
-        title = axes.set_title(example.titles[n], fontsize=9, loc="left")
-        if n == example.framed and len(values) > 1:
-            title.set_text(f"{example.titles[n]} (predicted)")
-            title.set_fontweight("bold")
+        _title(axes, example, n, loc="left")
         for line, row in enumerate(rows):
             for place, left in row:
                 behind, ink = pictures.colour(values[n, place], end)
@@ -397,7 +395,7 @@ def _slices(example: Example) -> tuple[Any, str]:
         bare(grid[0, column])
         for n, row in enumerate(grid[1:]):
             _over(row[column], whole[there], values[n, here], end)
-            if n == example.framed and len(values) > 1:
+            if example.is_framed(n):
                 _frame(row[column])
     for name, row in zip(["input", *example.titles], grid, strict=True):
         row[0].set_ylabel(name, fontsize=9)
@@ -410,10 +408,11 @@ def _open(axes: Any, *more: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _embolden(axes: Any, predicted: bool) -> None:
-    if predicted:
-        axes.title.set_text(f"{axes.title.get_text()} (predicted)")
-        axes.title.set_fontweight("bold")
+def _title(axes: Any, example: Example, n: int, **where: Any) -> None:
+    """Write above a map what it explains, in bold where that is predicted."""
+    predicted = example.is_framed(n)
+    text = example.titles[n] + (" (predicted)" if predicted else "")
+    axes.set_title(text, fontsize=9, fontweight="bold" if predicted else None, **where)
 
 
 # Each kind of picture, and the ranks of examples that it can be drawn of (any, where none).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
@@ -56,7 +55,7 @@ def gradient(
     Simonyan et al. 2013, Deep Inside Convolutional Networks.
     """
     explained = Explained(engine, x, target, wrt, of)
-    return explained.attribution("gradient", at_the_examples(explained))
+    return explained.attribution("gradient", explained.at_examples()[1])
 
 
 def input_x_gradient(
@@ -89,17 +88,6 @@ def input_x_gradient(
     explained = Explained(engine, x, target, wrt, of)
     values = [
         tf.expand_dims(x, 1) * g
-        for x, g in zip(explained.values, at_the_examples(explained), strict=True)
+        for x, g in zip(explained.values, explained.at_examples()[1], strict=True)
     ]
     return explained.attribution("input_x_gradient", values)
-
-
-def at_the_examples(explained: Explained) -> list[tf.Tensor]:
-    """Return the target's gradients at the examples themselves, each (B, M, *shape)."""
-    parts = []
-    for owners in explained.chunks(explained.size):
-        points = [tf.gather(value, owners) for value in explained.values]
-        parts.append(explained.at(points, owners)[1])
-    if not parts:  # no examples
-        parts = [explained.at(explained.values, np.arange(0))[1]]
-    return [tf.concat(gradients, 0) for gradients in zip(*parts, strict=True)]

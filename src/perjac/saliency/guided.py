@@ -8,12 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import lacking, starts
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
-from perjac.saliency.paths import everywhere
 from perjac.shapes import size
 
 # A path is where it should be when its distance is off by no more than this share of the whole.
@@ -81,8 +80,7 @@ def guided_ig(
     """
     given = {"baseline": baseline, "steps": steps, "fraction": fraction, "max_dist": max_dist}
     chosen = settle("guided_ig", convention, **given)
-    if int(chosen["steps"]) != chosen["steps"] or chosen["steps"] < 1:
-        raise InputError(f"Expected steps= 1 or more. Received: {chosen['steps']!r}.")
+    check_counts(steps=chosen["steps"])
     for name in ("fraction", "max_dist"):
         if not 0 <= chosen[name] <= 1:
             raise InputError(f"Expected {name}= from 0 to 1. Received: {chosen[name]!r}.")
@@ -99,11 +97,10 @@ def guided_ig(
         flat = _guided(every, [tf.repeat(f, count, 0) for f in first], chosen)
     flat = flat.reshape(explained.size, count, flat.shape[1])
     values = _split(flat, explained)
-    rise = explained.at_x - everywhere(explained, first)
     return explained.attribution(
         "guided_ig",
         values,
-        delta=explained.shown(tf.cast(lacking(values, rise), explained.outputs.dtype)),
+        delta=lacking(values, explained.rise(first)),
         facts={name: value for name, value in chosen.items() if name != "baseline"},
     )
 
@@ -151,7 +148,7 @@ def _move(
     np.copyto(here, low, where=np.abs(end - here) > np.abs(end - low))
     wanted = (1 - alpha) * whole
     moving = np.arange(len(here))
-    rank = min(int(fraction * (here.shape[1] - 1)), here.shape[1] - 1)
+    rank = int(fraction * (here.shape[1] - 1))
     while True:
         missing = np.abs(end[moving] - here[moving]).sum(1) - wanted[moving]
         late = missing > _CLOSE * whole[moving]
@@ -173,7 +170,7 @@ def _move(
 
 def _gradient(explained: Explained, here: np.ndarray) -> np.ndarray:
     """Return the target's gradient at the paths' places (B, D), in float64."""
-    parts = [here[:0]]
+    parts = []
     for owners in explained.chunks(len(here)):
         points = [
             tf.cast(p[:, 0], x.dtype)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts, check_one_of
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
@@ -179,8 +179,7 @@ def vargrad(
     """
     given = {"samples": samples, "sigma": sigma, "relative": relative}
     chosen = settle("vargrad", convention, **given)
-    if chosen["samples"] < 2:
-        raise InputError(f"Expected samples= 2 or more. Received: {chosen['samples']!r}.")
+    check_counts(2, samples=chosen["samples"])
     explained = Explained(engine, x, target, wrt, of)
     moments = _moments(explained, chosen | {"each": "signed"}, seed)
     return explained.attribution("vargrad", moments.variances(), facts=chosen | {"seed": seed})
@@ -193,7 +192,7 @@ def _mean(method: str, explained: Explained, chosen: dict[str, Any], seed: int) 
     return explained.attribution(
         method,
         moments.means(),
-        standard_error=None if errors is None else explained.arranged(errors),
+        standard_error=errors,
         facts=chosen | {"seed": seed},
     )
 
@@ -251,10 +250,8 @@ def _scale(x: tf.Tensor, chosen: dict[str, Any]) -> tf.Tensor:
 
 def _checked(chosen: dict[str, Any]) -> int:
     """Return how many samples, after a look at the options."""
-    if int(chosen["samples"]) != chosen["samples"] or chosen["samples"] < 1:
-        raise InputError(f"Expected samples= 1 or more. Received: {chosen['samples']!r}.")
+    check_counts(samples=chosen["samples"])
     if not chosen["sigma"] >= 0:
         raise InputError(f"Expected sigma= 0 or more. Received: {chosen['sigma']!r}.")
-    if chosen["each"] not in _EACH:
-        raise InputError(f"Expected each= one of {tuple(_EACH)}. Received: {chosen['each']!r}.")
+    check_one_of(chosen["each"], tuple(_EACH), "each")
     return int(chosen["samples"])

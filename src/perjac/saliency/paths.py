@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts
+from perjac.precision import EPSILON
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import between, by_name, lacking, starts
 from perjac.saliency.conventions import settle
@@ -19,10 +20,6 @@ from perjac.saliency.running import Moments, Sums, beside
 
 # Steps after which a path is not refined any further.
 _MOST_STEPS = 4096
-# By bytes of the type: what one operation is off by, at most.
-_ROUNDING = {2: 2.0**-8, 4: 2.0**-23, 8: 2.0**-52}
-# Backgrounds' α and numbers are drawn from streams apart from one another.
-_STREAMS = 2
 
 
 def integrated_gradients(
@@ -98,12 +95,7 @@ def integrated_gradients(
     if tolerance is not None:
         values, delta, more = _refine(line, values, delta, chosen["steps"], tolerance)
         facts |= more
-    return explained.attribution(
-        method,
-        values,
-        delta=explained.shown(tf.cast(delta, explained.outputs.dtype)),
-        facts=facts,
-    )
+    return explained.attribution(method, values, delta=delta, facts=facts)
 
 
 class _Line:
@@ -111,7 +103,7 @@ class _Line:
 
     def __init__(self, explained: Explained, first: list[tf.Tensor], rule: str):
         self._explained, self._first, self._rule = explained, first, rule
-        self.start = everywhere(explained, first)
+        self.start = explained.everywhere(first)
 
     def values(self, examples: np.ndarray, steps: int) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Return these examples' values (n, M, *shape) and delta (n, M), in float64."""
@@ -139,7 +131,7 @@ class _Line:
     def floor(self) -> np.ndarray:
         """Return what |delta| cannot be expected to get below, for rounding, (B, M)."""
         largest = np.maximum(np.abs(self._explained.at_x), np.abs(self.start)).astype(float)
-        return _ROUNDING[self.start.dtype.size] * largest
+        return EPSILON[self.start.dtype] * largest
 
 
 def _refine(
@@ -191,15 +183,6 @@ def integral(
         terms = integrand(examples[local], nodes[k])
         sums.add(terms, local, weights[k])
     return sums.result()
-
-
-def everywhere(explained: Explained, points: list[tf.Tensor]) -> tf.Tensor:
-    """Return the target at one point of each example, points (B, *shape), as (B, M)."""
-    parts = [
-        explained.forward([tf.gather(p, owners) for p in points], owners)
-        for owners in explained.chunks(explained.size)
-    ]
-    return tf.concat(parts, 0)
 
 
 def expected_gradients(
@@ -271,8 +254,8 @@ def expected_gradients(
     return explained.attribution(
         "expected_gradients",
         values,
-        delta=explained.shown(tf.cast(delta, explained.outputs.dtype)),
-        standard_error=explained.arranged(moments.standard_errors()),
+        delta=delta,
+        standard_error=moments.standard_errors(),
         facts={"samples": count, "seed": seed, "background": len(rows[0])},
     )
 
@@ -281,12 +264,12 @@ def _rows(background: Any, explained: Explained) -> list[tf.Tensor]:
     """Return the background for each input looked at, (n, *shape)."""
     rows = []
     given = by_name(background, explained, "background")
-    for one, x in zip(given, explained.values, strict=True):
+    for one, name, x in zip(given, explained.names, explained.values, strict=True):
         array = tf.cast(one, x.dtype)
         if array.shape.rank != x.shape.rank or array.shape[1:] != x.shape[1:] or not len(array):
             raise InputError(
-                f"Expected background= of shape (n, {', '.join(map(str, x.shape[1:]))}). "
-                f"Received: {tuple(array.shape)}."
+                f"Expected background= of shape (n, {', '.join(map(str, x.shape[1:]))}) for input "
+                f"{name!r}. Received: {tuple(array.shape)}."
             )
         rows.append(array)
     if len({len(r) for r in rows}) != 1:
@@ -296,10 +279,10 @@ def _rows(background: Any, explained: Explained) -> list[tf.Tensor]:
 
 def _draws(seed: int, samples: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which row of the background each sample starts from, and α: arrays (samples,)."""
-    if int(samples) != samples or samples < 2:
-        raise InputError(f"Expected samples= 2 or more. Received: {samples!r}.")
-    uniform = np.random.Generator(np.random.Philox(seed)).random((samples, _STREAMS))
-    return np.minimum((uniform[:, 0] * rows).astype(int), rows - 1), uniform[:, 1]
+    check_counts(2, samples=samples)
+    # Two numbers for each sample in turn: its draws are the same however many there are.
+    places, alphas = np.random.Generator(np.random.Philox(seed)).random((samples, 2)).T
+    return np.minimum((places * rows).astype(int), rows - 1), alphas
 
 
 def _mean_start(explained: Explained, rows: list[tf.Tensor], drawn: np.ndarray) -> tf.Tensor:

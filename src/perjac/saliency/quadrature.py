@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from perjac.errors import InputError
+from perjac.errors import InputError, check_one_of
 
 RULES = (
     "gausslegendre",
@@ -41,8 +41,7 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
         If there is no such rule, or too few steps for it.
     """
     least = 2 if rule in ("riemann_trapezoid", "endpoint_mean") else 1
-    if rule not in RULES:
-        raise InputError(f"Expected rule= one of {RULES}. Received: {rule!r}.")
+    check_one_of(rule, RULES, "rule")
     if int(steps) != steps or steps < least:
         raise InputError(f"Expected steps= {least} or more for rule={rule!r}. Received: {steps!r}.")
     n = int(steps)

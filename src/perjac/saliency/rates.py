@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
@@ -13,8 +11,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.inputs import Batch
 from perjac.sources import Activation
-
-_MADE: weakref.WeakKeyDictionary[Engine, dict[Any, Callable]] = weakref.WeakKeyDictionary()
+from perjac.traced import Traced
 
 
 def rates(
@@ -37,27 +34,27 @@ def rates(
         v_n (B, *input_shape) for input n; the others stay.
     """
     traced, names = engine.traces.of(batch)
-    tensor = names.head(activation)
-    made = _MADE.setdefault(engine, {})
-    places = tuple(sorted(moves))
-    key = activation, batch.signature, places
-    if key not in made:
-        whole = traced.program
-        program = whole.origin or whole
-        there = whole.counterpart(tensor, program)
-
-        def rate(leaves: list[tf.Tensor], directions: list[tf.Tensor]) -> tf.Tensor:
-            hidden = program.replay(leaves, {}, [there])[there]
-            u = tf.ones_like(hidden)
-            moved = [leaves[n] for n in places]
-            back = tf.gradients(hidden, moved, u, unconnected_gradients="zero")
-            return tf.gradients(back, u, directions, unconnected_gradients="zero")[0]
-
-        made[key] = host.compiled(rate)
+    tensor, places = names.head(activation), tuple(sorted(moves))
+    rate = traced.once(("rate", tensor, places), lambda: _rate(traced, tensor, places))
     try:
-        return made[key](list(batch.tensors), [moves[n] for n in places])
+        return rate(list(batch.tensors), [moves[n] for n in places])
     except LookupError as failure:
         raise InputError(
             f"The output of layer {activation.layer!r} cannot be differentiated twice: {failure}. "
             "Use derivative='differences'."
         ) from failure
+
+
+def _rate(traced: Traced, tensor: str, places: Sequence[int]) -> host.Compiled:
+    """Return a function of the inputs, and of directions of those at `places`."""
+    program = traced.plain
+    there = traced.program.counterpart(tensor, program)
+
+    def rate(leaves: list[tf.Tensor], directions: list[tf.Tensor]) -> tf.Tensor:
+        hidden = program.replay(leaves, {}, [there])[there]
+        u = tf.ones_like(hidden)
+        moved = [leaves[n] for n in places]
+        back = tf.gradients(hidden, moved, u, unconnected_gradients="zero")
+        return tf.gradients(back, u, directions, unconnected_gradients="zero")[0]
+
+    return host.compiled(rate)

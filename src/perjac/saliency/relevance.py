@@ -124,7 +124,7 @@ def lrp(
     return explained.attribution(
         "lrp",
         carried.values,
-        delta=explained.shown(lacking(carried.values, explained.at_x)),
+        delta=lacking(carried.values, explained.at_x),
         facts={
             "rules": {layer: rule for layer, _, rule in reversed(names)},
             "layers": {

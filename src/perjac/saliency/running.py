@@ -25,15 +25,13 @@ class Sums:
         """Add terms, each (N, ...), times weights (N,), to the sums of examples `owners` (N,)."""
         there, local = np.unique(owners, return_inverse=True)
         rows = tf.constant(there)
-        if not self._totals:
-            self._totals = [
-                tf.Variable(tf.zeros([self._size, *t.shape[1:]], tf.float64), trainable=False)
-                for t in terms
-            ]
+        self._totals = self._totals or _zeros(self._size, terms)
         for total, term in zip(self._totals, terms, strict=True):
             term = tf.cast(term, tf.float64)
             term = term if weights is None else term * beside(weights, term)
-            total.scatter_add(tf.IndexedSlices(by_owner(term, local, len(there)), rows))
+            total.scatter_add(
+                tf.IndexedSlices(tf.math.unsorted_segment_sum(term, local, len(there)), rows)
+            )
 
     def result(self) -> list[tf.Tensor]:
         """Return the sums, each (size, ...), in float64."""
@@ -56,11 +54,7 @@ class Moments:
     def add(self, terms: Sequence[tf.Tensor], owners: np.ndarray) -> None:
         """Take in terms, each (N, ...), of examples `owners` (N,)."""
         if not self._means:
-            shapes = [[self._size, *t.shape[1:]] for t in terms]
-            self._means, self._squares = (
-                [tf.Variable(tf.zeros(shape, tf.float64), trainable=False) for shape in shapes]
-                for _ in range(2)
-            )
+            self._means, self._squares = (_zeros(self._size, terms) for _ in range(2))
         there, local, new = np.unique(owners, return_inverse=True, return_counts=True)
         rows = tf.constant(there)
         before = self._seen[there]
@@ -68,11 +62,12 @@ class Moments:
         for mean, square, term in zip(self._means, self._squares, terms, strict=True):
             term = tf.cast(term, tf.float64)
             k, n = (beside(c, term) for c in (new, before))
-            local_mean = by_owner(term, local, len(there)) / k
+            local_mean = tf.math.unsorted_segment_sum(term, local, len(there)) / k
             spread = tf.square(term - tf.gather(local_mean, local))
             apart = local_mean - tf.gather(mean, there)
             mean.scatter_add(tf.IndexedSlices(apart * k / (n + k), rows))
-            grown = by_owner(spread, local, len(there)) + tf.square(apart) * n * k / (n + k)
+            grown = tf.math.unsorted_segment_sum(spread, local, len(there))
+            grown += tf.square(apart) * n * k / (n + k)
             square.scatter_add(tf.IndexedSlices(grown, rows))
 
     def means(self) -> list[tf.Tensor]:
@@ -88,9 +83,10 @@ class Moments:
         return [tf.sqrt(v / beside(self._seen, v)) for v in self.variances()]
 
 
-def by_owner(terms: tf.Tensor, local: np.ndarray, count: int) -> tf.Tensor:
-    """Return the sums of terms (N, ...) that share a number `local` (N,), in float64."""
-    return tf.math.unsorted_segment_sum(tf.cast(terms, tf.float64), local, count)
+def _zeros(size: int, terms: Sequence[tf.Tensor]) -> list[tf.Variable]:
+    """Return what sums of terms (N, ...) start from, each (size, ...), in float64."""
+    shapes = [[size, *t.shape[1:]] for t in terms]
+    return [tf.Variable(tf.zeros(shape, tf.float64), trainable=False) for shape in shapes]
 
 
 def beside(numbers: np.ndarray, tensor: tf.Tensor) -> tf.Tensor:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import host, sites
+from perjac import sites
 from perjac.engine import Engine
 from perjac.errors import InputError, UnknownNameError
+from perjac.inputs import Batch
 from perjac.shapes import known
-from perjac.sources import Activation
+from perjac.sources import Activation, activation_of
 from perjac.trace import Program
 
 # A convolution's operation, and which of its operands is the data.
@@ -54,7 +55,7 @@ class Place:
     input_channels: int
 
 
-def place(engine: Engine, x: Any, layer: Any, of: Any) -> Place:
+def place(engine: Engine, batch: Batch, layer: Any, of: Any) -> Place:
     """Return the layer that is named, or the last convolution before the output.
 
     Raises
@@ -64,10 +65,14 @@ def place(engine: Engine, x: Any, layer: Any, of: Any) -> Place:
     InputError
         If the layer's output is no grid of channels.
     """
-    traced, names = engine.traces.of(engine.traces.prepare(x))
-    program = traced.program
-    activation = _last(program, names.head(of)) if layer is None else _named(layer)
-    tensor = program.graph.get_tensor_by_name(names.head(activation))
+    traced, names = engine.traces.of(batch)
+    head, wanted = names.head(of), None if layer is None else activation_of(layer)
+    return traced.once(("place", head, wanted), lambda: _place(traced.program, head, wanted))
+
+
+def _place(program: Program, head: str, wanted: Activation | None) -> Place:
+    activation = wanted or _last(program, head)
+    tensor = program.graph.get_tensor_by_name(program.tap(activation))
     if not (_is_grid(program, tensor) and tensor.dtype.is_floating):
         raise InputError(
             f"Expected a layer whose output has channels over 1, 2 or 3 spatial axes. Received: "
@@ -76,16 +81,6 @@ def place(engine: Engine, x: Any, layer: Any, of: Any) -> Place:
     channels = _channels(tensor)
     number, axis = _input_of(program, tensor, channels)
     return Place(activation, channels, number, axis)
-
-
-def _named(layer: Any) -> Activation:
-    if isinstance(layer, Activation):
-        return layer
-    if isinstance(layer, str) or host.is_layer(layer):
-        return Activation(layer if isinstance(layer, str) else layer.name)
-    raise InputError(
-        f"Expected layer= as a layer, its name, or pj.activation(name, call). Received: {layer!r}."
-    )
 
 
 def _last(program: Program, head: str) -> Activation:

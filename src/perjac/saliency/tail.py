@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import tensorflow as tf
@@ -10,8 +9,7 @@ import tensorflow as tf
 from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.sources import Activation
-
-_MADE: weakref.WeakKeyDictionary[Engine, dict[Any, Engine]] = weakref.WeakKeyDictionary()
+from perjac.traced import Traced
 
 
 def after(engine: Engine, activation: Activation, x: Any) -> tuple[Engine, list[tf.Tensor]]:
@@ -39,18 +37,17 @@ def after(engine: Engine, activation: Activation, x: Any) -> tuple[Engine, list[
     value = traced.outputs(tensor, batch)
     if not value.dtype.is_floating:
         raise InputError(f"The output of layer {activation.layer!r} is of type {value.dtype.name}.")
-    made = _MADE.setdefault(engine, {})
-    key = activation, batch.signature
-    if key not in made:
-        whole = traced.program
-        # The normal form's custom gradients (swish) can be copied; its stand-ins cannot be run.
-        program = whole if not whole.stand_ins else whole.origin or whole
-        moved = whole.counterpart(tensor, program)
+    tail = traced.once(("tail", tensor), lambda: _tail(traced, tensor, engine.memory_limit))
+    return tail, [value, *batch.tensors]
 
-        def rest(leaves: list[tf.Tensor]) -> dict[str, tf.Tensor]:
-            wanted = program.heads
-            found = program.replay(leaves[1:], {}, list(wanted.values()), {moved: leaves[0]})
-            return {name: found[there] for name, there in wanted.items()}
 
-        made[key] = Engine(rest, memory_limit=engine.memory_limit)
-    return made[key], [value, *batch.tensors]
+def _tail(traced: Traced, tensor: str, memory_limit: int | str | None) -> Engine:
+    program = traced.plain
+    moved = traced.program.counterpart(tensor, program)
+
+    def rest(leaves: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+        wanted = program.heads
+        found = program.replay(leaves[1:], {}, list(wanted.values()), {moved: leaves[0]})
+        return {name: found[there] for name, there in wanted.items()}
+
+    return Engine(rest, memory_limit=memory_limit)

@@ -184,14 +184,9 @@ def _methods(given: Any) -> dict[str, Callable[..., Attribution]]:
     if isinstance(given, Mapping):
         chosen = dict(given)
     else:
-        from perjac.saliency import METHODS  # which this module is part of
+        from perjac.saliency.choice import named  # among what this module is part of
 
-        unknown = [name for name in given if name not in METHODS]
-        if unknown:
-            raise UnknownNameError(
-                f"There is no method {unknown[0]!r}. {nearest(str(unknown[0]), METHODS)}"
-            )
-        chosen = {name: METHODS[name] for name in given}
+        chosen = {name: named(name) for name in given}
     if not chosen:
         raise InputError("Expected methods= to name at least one. Received: none.")
     return chosen

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import starts
 from perjac.saliency.metrics.subject import Subject, in_rows
@@ -94,12 +94,7 @@ def completeness(
     """
     subject = Subject(engine, x, attribution, of, wrt)
     explained = subject.explained
-    first = starts(baseline, explained)
-    below = []
-    for owners in explained.chunks(explained.size):
-        points = [tf.gather(start, owners) for start in first]
-        below.append(np.asarray(explained.forward(points, owners), "f8"))
-    rise = np.asarray(explained.at_x, "f8") - np.concatenate(below)
+    rise = np.asarray(explained.rise(starts(baseline, explained)))
     sums = sum(maps.sum(tuple(range(2, maps.ndim))) for maps in subject.maps)
     return Completeness(subject.shown(sums - rise), subject.shown(rise))
 
@@ -186,8 +181,7 @@ def infidelity(
     ----------
     Yeh et al. 2019, On the (In)fidelity and Sensitivity of Explanations, definition 2.1.
     """
-    if samples < 2:
-        raise InputError(f"Expected samples= of at least 2. Received: {samples!r}.")
+    check_counts(2, samples=samples)
     draw = _perturbation(perturbation, sigma)
     subject = Subject(engine, x, attribution, of, wrt)
     explained = subject.explained

@@ -17,7 +17,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.saliency import figures, pictures
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.metrics.subject import in_rows
+from perjac.saliency.metrics.subject import in_rows, same_target
 
 # scikit-image's window, and Wang et al. 2004's constants, of a range of 1.
 _WINDOW, _K1, _K2 = 7, 0.01, 0.03
@@ -145,7 +145,7 @@ def parameter_randomisation(
     """
     layers = _layers(engine, x, of)
     there = method(engine, x, target, of=of, **options)
-    fixed = target if isinstance(there.target, str) else there.target
+    fixed = same_target(there, target)
     generator = np.random.default_rng(seed)
     found: list[dict[str, np.ndarray]] = []
     variables = [v for group in layers.values() for v in group]

@@ -10,7 +10,7 @@ import scipy.integrate
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import check_counts
 from perjac.saliency import figures, pictures
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import starts
@@ -163,8 +163,7 @@ def insertion(
 def _along(
     metric: str, subject: Subject, baseline: Any, steps: int, data_format: str | None
 ) -> Curve:
-    if steps < 1:
-        raise InputError(f"Expected steps= of at least 1. Received: {steps!r}.")
+    check_counts(steps=steps)
     explained = subject.explained
     axes = [pictures.channel_axis(known(v.shape[1:]), data_format) for v in explained.values]
     scores = [

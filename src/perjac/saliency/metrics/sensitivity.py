@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.engine import Engine
-from perjac.errors import InputError
+from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.metrics.subject import same_target
 from perjac.shapes import known
 
 
@@ -92,13 +93,11 @@ def max_sensitivity(
     ----------
     Yeh et al. 2019, On the (In)fidelity and Sensitivity of Explanations, definition 2.2.
     """
-    if samples < 2 or radius < 0:
-        raise InputError(
-            f"Expected samples= of at least 2 and radius= of at least 0. Received: samples="
-            f"{samples!r}, radius={radius!r}."
-        )
+    check_counts(2, samples=samples)
+    if not radius >= 0:
+        raise InputError(f"Expected radius= 0 or more. Received: {radius!r}.")
     there = method(engine, x, target, of=of, **options)
-    fixed = target if isinstance(there.target, str) else there.target
+    fixed = same_target(there, target)
     batch = engine.traces.prepare(x)
     distances = []
     for number in range(samples):

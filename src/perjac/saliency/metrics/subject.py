@@ -65,13 +65,16 @@ class Subject:
 
     def of_map(self, values: tf.Tensor, numbers: np.ndarray) -> np.ndarray:
         """Return of values (N, M) of the target those that maps `numbers` (N,) explain."""
-        if not self.attribution.for_all:
-            return np.asarray(values, "f8")[:, 0]
         return np.asarray(values, "f8")[np.arange(len(numbers)), numbers]
 
     def shown(self, values: np.ndarray) -> np.ndarray:
         """Return (B, M, ...) as users see it: without M, but for target "all"."""
         return values if self.attribution.for_all else values[:, 0]
+
+
+def same_target(attribution: Attribution, target: Any) -> Any:
+    """Return what to ask for so that the outputs explained stay, whatever is predicted by then."""
+    return target if isinstance(attribution.target, str) else attribution.target
 
 
 def in_rows(maps: np.ndarray) -> np.ndarray:
