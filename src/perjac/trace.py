@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host
+from perjac.adjoints import quickened
 from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.flatten import CALLS, canonical, is_for_xla
 from perjac.loops import LOOPS, StandIn
@@ -114,6 +115,11 @@ class Program:
         """The trace as a GraphDef."""
         return self.graph.as_graph_def()
 
+    @functools.cached_property
+    def _quick(self) -> Any:
+        """The trace as a GraphDef that says where a backward step of our own is quicker."""
+        return quickened(self.graph, self.graph_def)
+
     @property
     def specs(self) -> list[tf.TensorSpec]:
         """The inputs' shapes, batch unknown, and dtypes."""
@@ -184,6 +190,7 @@ class Program:
         values: Mapping[int, Any],
         names: Sequence[str],
         instead: Mapping[str, Any] | None = None,
+        quick: bool = False,
     ) -> dict[str, Any]:
         """Lay the traced operations into the graph being built, on other inputs and weights.
 
@@ -197,6 +204,8 @@ class Program:
             Tensors ("a:0") and operations ("a") to return.
         instead : mapping of str to tensor, optional
             In place of other tensors of the trace.
+        quick : bool
+            Whether gradients shall take steps of our own, where TensorFlow's are slow.
 
         Returns
         -------
@@ -212,7 +221,7 @@ class Program:
         feed |= {name: values[n] for name, n in self.reads.items() if n in values}
         feed |= instead or {}
         calls = [op.name for op in self.graph.get_operations() if op.type in CALLS]
-        found = import_program(self.graph_def, feed, [*names, *calls])
+        found = import_program(self._quick if quick else self.graph_def, feed, [*names, *calls])
         for name in calls:
             host.carry_gradient(self.graph.get_operation_by_name(name), found[name])
         return {name: found[name] for name in names}
@@ -323,9 +332,8 @@ class Program:
             tensors = self.replay(inputs, {}, names)
             found.update({name: _dims(tensor) for name, tensor in tensors.items()})
 
-        inferred.get_concrete_function(
-            *[tf.TensorSpec([batch, *spec.shape[1:]], spec.dtype) for spec in self.specs]
-        )
+        sized = [tf.TensorSpec([batch, *spec.shape[1:]], spec.dtype) for spec in self.specs]
+        inferred.get_concrete_function(*sized)
         return found
 
 
@@ -438,7 +446,5 @@ def collect(concrete: Any, inputs: int, weights: Weights, taps: dict[str, list[s
 
 def _head_tensors(concrete: Any, graph: Any) -> dict[str, str]:
     """Return each head's tensor by name; tf.function gives back a copy behind an Identity."""
-    return {
-        name: graph.get_tensor_by_name(tensor.name).name
-        for name, tensor in concrete.structured_outputs.items()
-    }
+    heads = concrete.structured_outputs
+    return {name: graph.get_tensor_by_name(tensor.name).name for name, tensor in heads.items()}

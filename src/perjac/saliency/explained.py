@@ -26,8 +26,10 @@ from perjac.saliency.tail import after
 from perjac.sources import Activation
 from perjac.traced import Traced
 
-# Points asked about at a time, where memory does not set a lower limit.
-_POINTS = 512
+# Points asked about at a time, and bytes for them, where memory does not set a lower limit: a small
+# network's calls are worth their overhead, a large one's soon tell how far they are.
+_POINTS = 2048
+_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,9 +343,9 @@ class Explained:
     @property
     def _at_once(self) -> int:
         """How many points fit into the memory limit, with every tensor of the model at each."""
-        allowed = memory.limit(self._engine.memory_limit)
+        allowed = min(memory.limit(self._engine.memory_limit) or _BYTES, _BYTES)
         each = max(self._each * (1 + self.target.count), 1)
-        return _POINTS if allowed is None else max(1, min(_POINTS, allowed // each))
+        return max(1, min(_POINTS, allowed // each))
 
 
 def _target(target: Any, shape: tuple[int, ...], dtype: tf.DType, explained: Explained) -> Target:
