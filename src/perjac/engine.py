@@ -11,6 +11,8 @@ import tensorflow as tf
 from perjac import binding, inputs, memory, seeds
 from perjac.errors import InputError, LossWarning, check_one_of, warn
 from perjac.factors import Factor
+from perjac.fisher import Fisher
+from perjac.fisher.root import Root
 from perjac.gradients import Gradients
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
@@ -278,6 +280,79 @@ class Engine:
             memory_limit=self.memory_limit,
             jit=self._jit,
         )
+
+    def fisher(
+        self,
+        data: Any,
+        *,
+        kind: str = "exact",
+        likelihood: Any = "categorical",
+        wrt: Any = "weights",
+        of: Any = None,
+        loss: Any = None,
+        variance: float | str = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        reduction: str = "mean",
+    ) -> Fisher:
+        """Return the Fisher information of a data set about the weights.
+
+        Parameters
+        ----------
+        data : x, (x, y), or a batched tf.data.Dataset of either
+            Examples, and labels where they are needed. A tuple is a pair, as in Keras; several
+            inputs are a list or a dict.
+        kind : {"exact", "sampled", "empirical"}
+            The expectation over the labels that the model itself expects, which is the generalised
+            Gauss-Newton matrix; `samples` draws of them; or the labels given, with `loss`.
+        likelihood : {"categorical", "bernoulli", "gaussian"}, or a Keras loss or its name
+            How labels spread about the output: classes along its last axis, from logits; a yes or
+            no at each entry, from logits; normal about the output with `variance`. A model's own
+            final softmax or sigmoid is left out. Of a loss, its generalised Gauss-Newton matrix.
+        wrt : as in `jacobian`
+            Weights.
+        of : str, int or layer, optional
+            As in `jacobian`.
+        loss : as in `gradients`
+            For the empirical kind; by default the compiled one.
+        variance : float or "fitted"
+            The Gaussian's; "fitted" is the mean squared residual of the labels.
+        samples, seed : int
+            For the sampled kind. An example's draws depend on the seed and its number alone.
+        reduction : {"mean", "sum"}
+            Over the examples.
+
+        Returns
+        -------
+        Fisher
+            Ask it for a form: `dense()`, `blocks()`, `diagonal()`, `kronecker()`, `eigenbasis()`,
+            `low_rank()`, `operator()`; or, for the exact matrix by whichever form is cheapest,
+            `solve`, `eigsh`, `trace`, `logdet`, `effective_dimension`.
+
+        Raises
+        ------
+        PerjacError
+            As `jacobian`; for data without the labels that are needed; for losses that are not
+            convex in the output.
+
+        Examples
+        --------
+        >>> import keras, numpy as np, perjac as pj
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="top")])
+        >>> x = np.random.default_rng(0).normal(size=(50, 4)).astype("float32")
+        >>> F = pj.Engine(model).fisher(x, likelihood="categorical")
+        >>> step = F.solve({"top/kernel": np.ones((4, 3))}, damping=1e-3)
+        >>> step["top/kernel"].shape, F.eigsh(2)[0].shape
+        ((4, 3), (2,))
+
+        References
+        ----------
+        Martens 2020, New insights and perspectives on the natural gradient method; Kunstner et al.
+        2019, Limitations of the empirical Fisher approximation.
+        """
+        known_variance = 1.0 if variance == "fitted" else variance
+        how = Root(self, kind, likelihood, known_variance, loss, samples, seed, wrt, of)  # type: ignore[arg-type]
+        return Fisher(how, data, reduction, variance)
 
     def _derived(
         self, batch: inputs.Batch, objective: Objective | None, of: Any, wrt: Any, **asked: Any

@@ -62,6 +62,14 @@ class TooLargeError(PerjacError, MemoryError):
     """A result that does not fit into the memory limit."""
 
 
+class NotPositiveError(PerjacError, ArithmeticError, ValueError):
+    """A matrix that has to be positive definite, or semi-definite, and is not."""
+
+
+class NotConvergedError(PerjacError, ArithmeticError):
+    """An iteration that did not come to its end."""
+
+
 class MissingExtraError(PerjacError, ImportError):
     """A feature whose optional extra is not installed."""
 

@@ -18,6 +18,7 @@ from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.independence import Order
 from perjac.layout import Relabelling
+from perjac.roots import ROOTS
 from perjac.seeds import row
 from perjac.shapes import known
 from perjac.sites import Flow, Site, upstream
@@ -242,8 +243,8 @@ class Job:
         program, output = self._program, self._program.graph.get_tensor_by_name(self._head)
         rest = program.extents[self._head].rest
         payload = {
+            **{kind: tf.TensorSpec([self._count], tf.int32) for kind in ("chosen", *ROOTS)},
             "all": tf.TensorSpec([0], tf.int32),
-            "chosen": tf.TensorSpec([self._count], tf.int32),
             "each": tf.TensorSpec([None], tf.int32),
             "cotangents": tf.TensorSpec([None, self._count, *rest], output.dtype),
         }[self._kind]
@@ -259,7 +260,7 @@ class Job:
         places = [program.stand_in(s.operation).cotangent for s in self._sites]
         operations = [s.operation for s in self._sites]
         names = [self._head, *operations, *places, *self._tensors.values()]
-        found = program.replay(inputs, values, names)
+        found = program.replay(inputs, values, names, quick=True)
         output, batch = found[self._head], tf.shape(inputs[0])[0]
         output.set_shape([None, *program.extents[self._head].rest])
         bound = [_bind(program, s, found[s.operation], batch, self._order) for s in self._sites]

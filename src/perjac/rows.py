@@ -85,6 +85,11 @@ class Rows(Mapping):
         return f"{type(self).__name__}(shape={self.shape}, {{{inside}}})"
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """What was differentiated against, in the order of the keys."""
+        return tuple(self._sources.values())
+
+    @property
     def nbytes(self) -> int:
         """The memory held: by the factors, not by their rows."""
         parts = tf.nest.flatten(list(self._factors.values()), expand_composites=True)

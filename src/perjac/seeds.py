@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac.errors import InputError, OutOfRangeError
+from perjac.roots import ROOTS
 from perjac.shapes import known
 
 
@@ -25,11 +26,13 @@ class Seeds:
     Attributes
     ----------
     kind : str
-        "all" outputs, "chosen" ones, one "each" example's own, or given "cotangents".
+        "all" outputs, "chosen" ones, one "each" example's own, given "cotangents", or the columns
+        of a root by its name in `roots.ROOTS`.
     row_shape : tuple of int
         How the K rows are arranged.
     payload : tf.Tensor
-        The numbers behind the kind: nothing; indices (K,); indices (B,); cotangents (B, K, *out).
+        The numbers behind the kind: nothing; indices (K,); indices (B,); cotangents (B, K, *out);
+        numbers of columns (K,).
     """
 
     kind: str
@@ -67,6 +70,8 @@ def row(kind: str, payload: tf.Tensor, k: Any, output: tf.Tensor) -> tf.Tensor:
     """
     if kind == "cotangents":
         return tf.reshape(payload[:, k], tf.shape(output))
+    if kind in ROOTS:
+        return ROOTS[kind](output, payload[k])
     entries = output.shape[1:].num_elements()
     index = {"all": lambda: k, "chosen": lambda: payload[k], "each": lambda: payload}[kind]()
     hot = tf.one_hot(index, entries, dtype=output.dtype)  # (entries,), or (B, entries)
@@ -81,7 +86,17 @@ def select(kind: str, payload: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
         return flat
     if kind == "cotangents":
         return tf.linalg.matvec(tf.reshape(payload, [tf.shape(payload)[0], -1]), flat)
+    if kind in ROOTS:
+        fixed = tf.stop_gradient(output)[None]
+        wanted = tf.unstack(payload)
+        columns = tf.stack([tf.reshape(ROOTS[kind](fixed, k), [-1]) for k in wanted])
+        return tf.linalg.matvec(columns, flat)
     return tf.gather(flat, tf.reshape(payload, [-1]))
+
+
+def of_root(kind: str, columns: range | Sequence[int]) -> Seeds:
+    """Return some columns of a root, by its name in `roots.ROOTS`."""
+    return Seeds(kind, (len(columns),), tf.constant(list(columns), tf.int32))
 
 
 def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype: tf.DType) -> Seeds:
@@ -89,9 +104,9 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
 
     Parameters
     ----------
-    outputs : None, int, sequence of int, or array of int (B,)
+    outputs : None, int, sequence of int, array of int (B,), or Seeds
         Numbers of outputs, counted through the output's shape in C order. A list is n outputs
-        for every example, an array or tensor of length B is one for each.
+        for every example, an array or tensor of length B is one for each. Seeds stay as they are.
     cotangents : None or array (B, K, *output_shape)
         Directions.
     batch : int
@@ -109,6 +124,8 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
         If an output does not exist.
     """
     shape = tuple(shape)
+    if isinstance(outputs, Seeds):
+        return outputs
     if outputs is not None and cotangents is not None:
         raise InputError("Give outputs= or cotangents=, not both.")
     if cotangents is not None:

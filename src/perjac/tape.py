@@ -68,7 +68,7 @@ class Tape:
         """Return each source's rows, (B, K, *shape)."""
         batch = known(inputs[0].shape[:1])[0]
         payload = seeds.payload
-        if self._kind in ("all", "chosen"):  # the same for every example
+        if self._kind not in ("each", "cotangents"):  # the same for every example
             payload = tf.repeat(payload[None], batch, 0)
         if not self._refused:
             try:

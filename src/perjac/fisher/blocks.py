@@ -1,0 +1,253 @@
+"""Blocks on the diagonal of a Fisher information, and the form that is made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import scipy.linalg
+
+from perjac.errors import InputError
+from perjac.fisher.columns import Columns
+from perjac.fisher.form import Form, checked
+
+
+class Block:
+    """A symmetric positive semi-definite matrix (p, p) of some weights' numbers."""
+
+    @property
+    def size(self) -> int:
+        """p."""
+        raise NotImplementedError
+
+    def products(self, v: np.ndarray) -> np.ndarray:
+        """Return the block times v (p, m)."""
+        raise NotImplementedError
+
+    def of_spectrum(self, function: Any, v: np.ndarray) -> np.ndarray:
+        """Return U f(λ) Uᵀ v for v (p, m): a function of the matrix, by its eigenvalues (p,)."""
+        raise NotImplementedError
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return all eigenvalues (p,), in no order."""
+        raise NotImplementedError
+
+    def eigenvectors(self, chosen: np.ndarray) -> np.ndarray:
+        """Return the vectors of some of `eigenvalues()`, by number, (p, n)."""
+        raise NotImplementedError
+
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal (p,)."""
+        raise NotImplementedError
+
+    def trace(self) -> float:
+        """Return the sum of the diagonal."""
+        return float(self.diagonal().sum())
+
+    def merged(self, other: Self, mine: float, theirs: float) -> Self:
+        """Return mine·self + theirs·other, as the block of all examples together."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense(Block):
+    """A block as it is."""
+
+    matrix: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return len(self.matrix)
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        return scipy.linalg.eigh(self.matrix)
+
+    def products(self, v: np.ndarray) -> np.ndarray:
+        """Return the block times v (p, m)."""
+        return self.matrix @ v
+
+    def of_spectrum(self, function: Any, v: np.ndarray) -> np.ndarray:
+        """Return U f(λ) Uᵀ v."""
+        values, vectors = self._spectrum
+        return vectors @ (function(values)[:, None] * (vectors.T @ v))
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return all eigenvalues."""
+        return self._spectrum[0]
+
+    def eigenvectors(self, chosen: np.ndarray) -> np.ndarray:
+        """Return some of their vectors."""
+        return self._spectrum[1][:, chosen]
+
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal."""
+        return np.diagonal(self.matrix).copy()
+
+    def merged(self, other: Dense, mine: float, theirs: float) -> Dense:
+        """Return the weighted sum."""
+        return Dense(mine * self.matrix + theirs * other.matrix)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diagonal(Block):
+    """A block that is zero beside its diagonal."""
+
+    entries: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return len(self.entries)
+
+    def products(self, v: np.ndarray) -> np.ndarray:
+        """Return the block times v (p, m)."""
+        return self.entries[:, None] * v
+
+    def of_spectrum(self, function: Any, v: np.ndarray) -> np.ndarray:
+        """Return f(entries) v."""
+        return function(self.entries)[:, None] * v
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return the entries."""
+        return self.entries
+
+    def eigenvectors(self, chosen: np.ndarray) -> np.ndarray:
+        """Return unit vectors."""
+        found = np.zeros((self.size, len(chosen)))
+        found[chosen, np.arange(len(chosen))] = 1
+        return found
+
+    def diagonal(self) -> np.ndarray:
+        """Return the entries."""
+        return self.entries
+
+    def merged(self, other: Diagonal, mine: float, theirs: float) -> Diagonal:
+        """Return the weighted sum."""
+        return Diagonal(mine * self.entries + theirs * other.entries)
+
+
+class BlockForm(Form):
+    """A Fisher information of blocks along the diagonal, zero between them.
+
+    Parameters
+    ----------
+    columns : Columns
+        The weights.
+    examples : int
+        N.
+    blocks : mapping of tuple of str to Block
+        By the weights that each is about, which together are all of them.
+    reduction : {"mean", "sum"}
+        Whether it was divided by N.
+    """
+
+    def __init__(
+        self,
+        columns: Columns,
+        examples: int,
+        blocks: Mapping[tuple[str, ...], Block],
+        reduction: str = "mean",
+    ):
+        super().__init__(columns, examples)
+        self.blocks, self.reduction = dict(blocks), reduction
+        slices = columns.slices
+        numbers = np.arange(columns.count)
+        self._places = {
+            keys: np.concatenate([numbers[slices[key]] for key in keys]) for keys in self.blocks
+        }
+
+    def merge(self, other: BlockForm) -> BlockForm:
+        """Return the form of both forms' examples together.
+
+        Parameters
+        ----------
+        other : BlockForm
+            The same form of the same weights, on other examples.
+        """
+        alike = type(other) is type(self) and other.columns == self.columns
+        if not alike or {k: type(b) for k, b in self.blocks.items()} != {
+            k: type(b) for k, b in other.blocks.items()
+        }:
+            raise InputError(f"Expected the same form of the same weights. Received: {other!r}.")
+        if other.reduction != self.reduction:
+            raise InputError(f"Expected reduction={self.reduction!r}, as here. Received: a "
+                             f"{other.reduction!r}.")  # fmt: skip
+        total = self.examples + other.examples
+        mean = self.reduction == "mean"
+        mine, theirs = (n / total if mean else 1.0 for n in (self.examples, other.examples))
+        blocks = {k: b.merged(other.blocks[k], mine, theirs) for k, b in self.blocks.items()}
+        return BlockForm(self.columns, total, blocks, self.reduction)
+
+    def trace(self) -> float:
+        """Return the sum of the eigenvalues."""
+        return sum(block.trace() for block in self.blocks.values())
+
+    def traces(self) -> dict[str, float]:
+        """Return the trace of each block, by its weights or their layer."""
+        return {_name(keys): block.trace() for keys, block in self.blocks.items()}
+
+    def logdet(self, damping: float = 0.0) -> float:
+        """Return log det(F + damping·I)."""
+        return float(np.log(checked(self.eigenvalues(), damping)).sum())
+
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal, (P,)."""
+        found = np.zeros(self.columns.count)
+        for keys, block in self.blocks.items():
+            found[self._places[keys]] = block.diagonal()
+        return found
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return all P eigenvalues, the smallest first."""
+        return np.sort(np.concatenate([block.eigenvalues() for block in self.blocks.values()]))
+
+    def eigsh(self, k: int = 6) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k largest eigenvalues, the largest first, and their vectors (P, k)."""
+        if not 1 <= k <= self.columns.count:
+            raise InputError(f"Expected k= from 1 to {self.columns.count}. Received: {k!r}.")
+        found = [block.eigenvalues() for block in self.blocks.values()]
+        every = np.concatenate(found)
+        order = np.argsort(every)[::-1][:k]
+        ends = np.cumsum([len(values) for values in found])
+        owners = np.searchsorted(ends, order, side="right")
+        vectors = np.zeros((self.columns.count, k))
+        for n, (keys, block) in enumerate(self.blocks.items()):
+            mine = np.flatnonzero(owners == n)
+            there = order[mine] - (ends[n] - len(found[n]))
+            vectors[np.ix_(self._places[keys], mine)] = block.eigenvectors(there)
+        return every[order], vectors
+
+    def _products(self, v: np.ndarray) -> np.ndarray:
+        return self._each(lambda block, part: block.products(part), v)
+
+    def _solved(self, v: np.ndarray, damping: float) -> np.ndarray:
+        checked(self.eigenvalues(), damping)
+        return self._each(
+            lambda block, part: block.of_spectrum(lambda x: 1 / (np.maximum(x, 0) + damping), part),
+            v,
+        )
+
+    def _spread(self, z: np.ndarray, damping: float) -> np.ndarray:
+        checked(self.eigenvalues(), damping)
+        return self._each(
+            lambda block, part: block.of_spectrum(
+                lambda x: 1 / np.sqrt(np.maximum(x, 0) + damping), part
+            ),
+            z,
+        )
+
+    def _each(self, ask: Any, v: np.ndarray) -> np.ndarray:
+        found = np.empty_like(v)
+        for keys, block in self.blocks.items():
+            found[self._places[keys]] = ask(block, v[self._places[keys]])
+        return found
+
+
+def _name(keys: tuple[str, ...]) -> str:
+    """Return what a block is called: its weight, or the layer that its weights belong to."""
+    return keys[0] if len(keys) == 1 else keys[0].rpartition("/")[0] or keys[0]

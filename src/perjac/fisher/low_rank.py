@@ -1,0 +1,157 @@
+"""F = scale · GᵀG through the Gram matrix of its M rows, which has the same spectrum."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+
+from perjac.errors import InputError, NotPositiveError
+from perjac.fisher.columns import Columns
+from perjac.fisher.form import Form
+from perjac.rows import Rows
+
+# Eigenvalues of the Gram matrix below so much of the largest are its rounding.
+_NOTHING = {"float32": 1e-6, "float64": 1e-13}
+
+
+class LowRank(Form):
+    """The exact Fisher information, with nothing of size (P, P) formed.
+
+    With G (M, P) the rows and G Gᵀ = U diag(μ) Uᵀ their Gram matrix, F has the eigenvalues
+    scale·μ, the vectors Gᵀ U / √μ, and P - M zeros.
+
+    Parameters
+    ----------
+    columns : Columns
+        The weights.
+    examples : int
+        N.
+    rows : sequence of Rows
+        All of them.
+    scale : float
+        What GᵀG is multiplied by.
+    """
+
+    def __init__(self, columns: Columns, examples: int, rows: Sequence[Rows], scale: float):
+        super().__init__(columns, examples)
+        self._rows, self._scale = list(rows), scale
+        self._counts = [int(np.prod(part.shape[:-1])) for part in self._rows]
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """The nonzero eigenvalues of F, and the Gram matrix's vectors for them, (M, r)."""
+        ends = np.cumsum([0, *self._counts])
+        gram = np.empty((ends[-1], ends[-1]))
+        for i, mine in enumerate(self._rows):
+            for j, theirs in enumerate(self._rows[: i + 1]):
+                block = np.asarray(mine.gram(theirs), "f8").reshape(
+                    self._counts[i], self._counts[j]
+                )
+                here, there = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
+                gram[here, there], gram[there, here] = block, block.T
+        values, vectors = scipy.linalg.eigh(gram, overwrite_a=True)
+        dtype = self._rows[0].sources[0].dtype.name
+        kept = values > _NOTHING.get(dtype, 1e-6) * values.max(initial=0)
+        return self._scale * values[kept], vectors[:, kept]
+
+    @property
+    def rank(self) -> int:
+        """How many eigenvalues are not zero."""
+        return len(self._spectrum[0])
+
+    def trace(self) -> float:
+        """Return the sum of the eigenvalues."""
+        return float(self._spectrum[0].sum())
+
+    def logdet(self, damping: float = 0.0) -> float:
+        """Return log det(F + damping·I)."""
+        values = self._spectrum[0]
+        zeros = self._zeros(damping)
+        return float(np.log(values + damping).sum() + (zeros * np.log(damping) if zeros else 0))
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return all P eigenvalues, the smallest first."""
+        values = self._spectrum[0]
+        return np.concatenate([np.zeros(self.columns.count - len(values)), values])
+
+    def effective_dimension(self, damping: float) -> float:
+        """Return Σ_i λ_i / (λ_i + damping)."""
+        values = self._spectrum[0]
+        return float(np.sum(values / (values + damping)))
+
+    def eigsh(self, k: int = 6) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k largest eigenvalues, the largest first, and their vectors (P, k)."""
+        values, vectors = self._spectrum
+        if not 1 <= k <= len(values):
+            raise InputError(
+                f"Expected k= from 1 to {len(values)}, the rank that these rows give F. "
+                f"Received: {k!r}."
+            )
+        chosen = np.argsort(values)[::-1][:k]
+        pulled = self._pulled(vectors[:, chosen])
+        return values[chosen], pulled / np.linalg.norm(pulled, axis=0)
+
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal, (P,)."""
+        found = np.zeros(self.columns.count)
+        for rows in self._rows:
+            found += self.columns.flat(rows.diagonal())
+        return self._scale * found
+
+    def _zeros(self, damping: float) -> int:
+        """Return how many eigenvalues are zero; raise if some are and damping is too."""
+        zeros = self.columns.count - self.rank
+        if zeros and damping <= 0:
+            raise NotPositiveError(
+                f"F is singular: {self.rank} eigenvalues of {self.columns.count} are above zero. "
+                "Choose damping above zero."
+            )
+        return zeros
+
+    def _pushed(self, v: np.ndarray) -> np.ndarray:
+        """Return G v, (M, m), for v (P, m)."""
+        return np.stack(
+            [
+                np.concatenate(
+                    [np.ravel(np.asarray(rows.jvp(column), "f8")) for rows in self._rows]
+                )
+                for column in v.T
+            ],
+            1,
+        )
+
+    def _pulled(self, u: np.ndarray) -> np.ndarray:
+        """Return Gᵀ u, (P, m), for u (M, m)."""
+        found = np.zeros((self.columns.count, u.shape[1]))
+        ends = np.cumsum([0, *self._counts])
+        for n, rows in enumerate(self._rows):
+            part = u[ends[n] : ends[n + 1]]
+            for m in range(u.shape[1]):
+                pulled = rows.vjp(part[:, m].reshape(rows.shape[:-1]))
+                found[:, m] += self.columns.flat(pulled)
+        return found
+
+    def _products(self, v: np.ndarray) -> np.ndarray:
+        return self._scale * self._pulled(self._pushed(v))
+
+    def _along(self, v: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return Σ_i weights_i w_i w_iᵀ v, w the vectors of F's nonzero eigenvalues."""
+        values, vectors = self._spectrum
+        inside = vectors.T @ self._pushed(v)  # (r, m); w_i = Gᵀ u_i / √μ_i
+        return self._pulled(vectors @ ((weights * self._scale / values)[:, None] * inside))
+
+    def _solved(self, v: np.ndarray, damping: float) -> np.ndarray:
+        values = self._spectrum[0]
+        if not self._zeros(damping):
+            return self._along(v, 1 / (values + damping))
+        return v / damping + self._along(v, 1 / (values + damping) - 1 / damping)
+
+    def _spread(self, z: np.ndarray, damping: float) -> np.ndarray:
+        values = self._spectrum[0]
+        inside = 1 / np.sqrt(values + damping)
+        if not self._zeros(damping):
+            return self._along(z, inside)
+        return z / np.sqrt(damping) + self._along(z, inside - 1 / np.sqrt(damping))
