@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
-from perjac.errors import InputError, LossWarning, check_one_of, warn
+from perjac.errors import InputError, check_one_of
 from perjac.factors import Factor
 from perjac.fisher import Fisher
 from perjac.fisher.root import Root
 from perjac.gradients import Gradients
 from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
-from perjac.losses import Objective, compiled
+from perjac.losses import Objective
+from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
-from perjac.shapes import known
 from perjac.sources import Source
 from perjac.traced import NotForXla, Traced
 from perjac.traces import Traces
@@ -100,8 +99,7 @@ class Engine:
         self._check = independence == "check"
         self.traces = Traces(model, variables, training, path, self._jit)
         self._weights = self.traces.weights
-        self._objectives: dict[tuple, Objective] = {}
-        self._doubted: set[tuple] = set()  # objectives whose outputs were looked at
+        self._objectives = Objectives(model, self.traces)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
@@ -120,17 +118,7 @@ class Engine:
     def made_up(self, count: int, seed: int = 0) -> Any:
         """Return made-up examples of the shapes the model declares: normal numbers, 0s and 1s."""
         self.traces.example()  # refuses a model that declares none
-        rng = np.random.default_rng(seed)
-        arrays = [
-            tf.cast(
-                rng.standard_normal((count, *known(e.shape[1:])))
-                if e.dtype.is_floating
-                else rng.integers(0, 2, (count, *known(e.shape[1:]))),
-                e.dtype,
-            )
-            for e in self.traces.expected
-        ]
-        return arrays[0] if len(arrays) == 1 else arrays
+        return inputs.made_up(self.traces.expected, count, seed)
 
     @property
     def weight_names(self) -> list[str]:
@@ -263,14 +251,11 @@ class Engine:
         >>> grads.norms().shape, grads.mean()["kernel"].shape
         (TensorShape([5]), TensorShape([4, 3]))
         """
-        if loss is None:
-            loss, weights = compiled(self.model)
-            loss_weights = weights if loss_weights is None else loss_weights
-        objective = self._objective(Objective(loss, loss_weights, class_weight))
+        objective = self._objectives.of(loss, loss_weights, class_weight)
         given = self.traces.prepare(x)
         wide = at_least_float32(self.traces.floating)
         batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
-        self._check_loss(objective, given, batch)
+        self._objectives.check(objective, given, batch, self._outputs)
         losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
         return Gradients(
             factors,
@@ -463,21 +448,3 @@ class Engine:
             lambda part, rows: self.jacobian(part, of=of, outputs=rows),
             rtol,
         )
-
-    def _objective(self, new: Objective) -> Objective:
-        """Return the objective that computes the same and is known already, if there is one."""
-        return self._objectives.setdefault(new.key, new)
-
-    def _check_loss(self, objective: Objective, x: inputs.Batch, batch: inputs.Batch) -> None:
-        """Raise for labels that cannot be, and warn, once, of outputs that are no probabilities."""
-        self.traces.of(batch, objective)
-        if batch.size == 0:
-            return
-        objective.check_labels(batch.packed[1])
-        if objective.key in self._doubted:
-            return
-        self._doubted.add(objective.key)
-        few = x.first(32)
-        doubt = objective.doubts(batch.packed[1], lambda head: self._outputs(few, head))
-        if doubt:
-            warn(doubt, LossWarning)

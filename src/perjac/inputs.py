@@ -159,6 +159,21 @@ def declared(model: Any) -> list[Expected]:
     return [Expected(t.name, tuple(t.shape), tf.as_dtype(t.dtype)) for t in inputs]
 
 
+def made_up(expected: Sequence[Expected], count: int, seed: int) -> Any:
+    """Return made-up examples of declared shapes: normal numbers, or 0s and 1s for integers."""
+    rng = np.random.default_rng(seed)
+    arrays = [
+        tf.cast(
+            rng.standard_normal((count, *known(e.shape[1:])))
+            if e.dtype.is_floating
+            else rng.integers(0, 2, (count, *known(e.shape[1:]))),
+            e.dtype,
+        )
+        for e in expected
+    ]
+    return arrays[0] if len(arrays) == 1 else arrays
+
+
 def beside(batch: Batch, dtype: tf.DType | None, **more: Any) -> Batch:
     """Return a batch with more arrays of the same examples, as a tuple behind its inputs.
 

@@ -1,0 +1,73 @@
+"""The losses that an engine was asked about: each known once, and what they are given checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from perjac.errors import LossWarning, warn
+from perjac.inputs import Batch
+from perjac.losses import Objective, compiled
+from perjac.traces import Traces
+
+# Examples whose outputs are looked at, to tell whether they are what the loss takes them for.
+_FEW = 32
+
+
+class Objectives:
+    """The objectives of one model.
+
+    Parameters
+    ----------
+    model : keras.Model or callable
+        For the loss that it was compiled with.
+    traces : Traces
+        Of it.
+    """
+
+    def __init__(self, model: Any, traces: Traces):
+        self._model, self._traces = model, traces
+        self._known: dict[tuple, Objective] = {}
+        self._doubted: set[tuple] = set()  # those whose outputs were looked at
+
+    def of(
+        self, loss: Any, loss_weights: Any, class_weight: Mapping[int, float] | None
+    ) -> Objective:
+        """Return the objective of a loss, the compiled one for None; the same for equal ones."""
+        if loss is None:
+            loss, weights = compiled(self._model)
+            loss_weights = weights if loss_weights is None else loss_weights
+        new = Objective(loss, loss_weights, class_weight)
+        return self._known.setdefault(new.key, new)
+
+    def check(
+        self,
+        objective: Objective,
+        x: Batch,
+        batch: Batch,
+        outputs: Callable[[Batch, str], tf.Tensor],
+    ) -> None:
+        """Raise for labels that cannot be, and warn, once, of outputs that are no probabilities.
+
+        Parameters
+        ----------
+        objective : Objective
+            What is asked about.
+        x, batch : Batch
+            The examples without and with their labels.
+        outputs : callable
+            Some examples and a head's name → its outputs.
+        """
+        self._traces.of(batch, objective)
+        if batch.size == 0:
+            return
+        objective.check_labels(batch.packed[1])
+        if objective.key in self._doubted:
+            return
+        self._doubted.add(objective.key)
+        few = x.first(_FEW)
+        doubt = objective.doubts(batch.packed[1], lambda head: outputs(few, head))
+        if doubt:
+            warn(doubt, LossWarning)
