@@ -8,12 +8,11 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
-from perjac.errors import InputError, check_one_of
+from perjac.errors import check_one_of
 from perjac.factors import Factor
 from perjac.fisher import Fisher
 from perjac.fisher.root import Root
 from perjac.gradients import Gradients
-from perjac.inspection import Inspection
 from perjac.jacobian import Jacobian
 from perjac.losses import Objective
 from perjac.objectives import Objectives
@@ -21,7 +20,7 @@ from perjac.precision import at_least_float32
 from perjac.sources import Source
 from perjac.traced import NotForXla, Traced
 from perjac.traces import Traces
-from perjac.verification import Verification, verify
+from perjac.trust import Trust
 
 _OPTIONS = {
     "path": ("auto", "factored", "tape"),
@@ -30,7 +29,7 @@ _OPTIONS = {
 }
 
 
-class Engine:
+class Engine(Trust):
     """Per-example Jacobians of a model.
 
     Parameters
@@ -389,62 +388,3 @@ class Engine:
             traced.check_shapes(head)
             traced.check_data(head, [], batch)
         return traced, head
-
-    def inspect(self, batch_size: int = 32, *, x: Any = None, of: Any = None) -> Inspection:
-        """Return how each trainable weight goes: its sites, rules, path, why, and the cost.
-
-        Parameters
-        ----------
-        batch_size : int
-            For the memory expected.
-        x : array, optional
-            An example batch, for a model that does not declare the shapes of its inputs.
-        of : str, int or layer, optional
-            As in `jacobian`.
-
-        Returns
-        -------
-        Inspection
-            A table: print it, or read its `rows`.
-        """
-        batch = self.traces.prepare(self.traces.example() if x is None else x)
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
-        if self._check:
-            traced.check_shapes(head)
-        count = tf.TensorShape(traced.row_shape(head)).num_elements()
-        decisions = traced.decisions(head, names.sources("weights"), count)
-        return Inspection.of(decisions, batch_size, count)
-
-    def verify(self, x: Any, *, of: Any = None, rtol: float | None = None) -> Verification:
-        """Compare with a plain loop over examples and outputs, in float64.
-
-        Parameters
-        ----------
-        x : array, or list, tuple or dict of arrays
-            A few examples; the first 8 are looked at, and up to 10 outputs.
-        of : str, int or layer, optional
-            As in `jacobian`.
-        rtol : float, optional
-            The relative error allowed; by default 1e-10 in float64, 1e-4 in float32, 1e-2 below.
-
-        Returns
-        -------
-        Verification
-            With `passed` and the worst error of each weight.
-        """
-        batch = self.traces.prepare(x)
-        if batch.size == 0:
-            raise InputError("Expected at least one example to verify on. Received: none.")
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
-        reference = traced.plain
-        return verify(
-            reference,
-            traced.program.counterpart(head, reference),
-            traced.model(head),
-            batch,
-            names.sources("weights"),
-            lambda part, rows: self.jacobian(part, of=of, outputs=rows),
-            rtol,
-        )

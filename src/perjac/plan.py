@@ -72,6 +72,7 @@ def decide(
     count: int,
     refused: str,
     order: Order,
+    compact: bool = True,
 ) -> list[Decision]:
     """Return how each weight goes.
 
@@ -89,11 +90,13 @@ def decide(
         Why all of them go to the tape, or nothing.
     order : Order
         How examples lie in the tensors, as far as the probe has found.
+    compact : bool
+        As in `Job`.
     """
     needed = upstream(program, [head])
     asked = {source.index for source in weights}
     live = [s for s in flow.sites if s.variables & asked and _reaches(program, s.operation, needed)]
-    found = {} if refused else _rehearse(program, live, count, order)
+    found = {} if refused else _rehearse(program, live, count, order, compact)
     mine = {w: tuple(s for s in live if w.index in s.variables) for w in weights}
     return [_decide_one(source, mine[source], found, refused, count) for source in weights]
 
@@ -144,7 +147,7 @@ def describe(factor: Factor, site: Site) -> str:
 
 
 def _rehearse(
-    program: Program, sites: Sequence[Site], count: int, order: Order
+    program: Program, sites: Sequence[Site], count: int, order: Order, compact: bool
 ) -> dict[Site, Factor | str]:
     """Try each site's rule on placeholders: its factor, or the reason why there is none."""
     found: dict[Site, Factor | str] = {}
@@ -158,7 +161,8 @@ def _rehearse(
                 bound = _bind(program, site, ops[site.operation], batch, order)
                 shape = [None, count, bound.fold, *bound.output.shape[1:]]
                 delta = tf.compat.v1.placeholder(bound.output.dtype, shape)
-                found[site] = rules.apply(bound, delta).compact()
+                factor = rules.apply(bound, delta)
+                found[site] = factor.compact() if compact else factor
             except rules.NoRule as refusal:
                 found[site] = str(refusal)
 
@@ -216,6 +220,8 @@ class Job:
         What the factors are held in.
     jit : bool
         Whether XLA compiles it, anew for each batch size.
+    compact : bool
+        Whether factors become rows where those are smaller; their two sides are lost with it.
     """
 
     def __init__(
@@ -229,14 +235,15 @@ class Job:
         order: Order,
         dtype: tf.DType,
         jit: bool,
+        compact: bool = True,
     ):
-        self._order, self._dtype = order, dtype
+        self._order, self._dtype, self._compact = order, dtype, compact
         self._program, self._head, self._tensors = program, head, dict(tensors)
         (self._kind, self._count), self._chunk = signature, chunk
         self._wanted = {d.source.index: d.source for d in decisions}
         self._sites = list(dict.fromkeys(s for d in decisions for s in d.sites))
         self.run = host.compiled(
-            self._run, input_signature=self._signature(), jit_compile=jit or None
+            self.body, input_signature=self._signature(), jit_compile=jit or None
         )
 
     def _signature(self) -> list:
@@ -250,7 +257,7 @@ class Job:
         }[self._kind]
         return [program.specs, payload]
 
-    def _run(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
+    def body(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
         """Return (output, {key: factor}, finite inputs, finite variables)."""
         program = self._program
         numbers = sorted(set(program.reads.values()) | set(self._wanted))
@@ -302,7 +309,8 @@ class Job:
                 parametrised.append((place.weight, factor.dense()))
             else:
                 (number,) = site.variables
-                parts.setdefault(number, []).append(factor.cast(self._dtype).compact())
+                factor = factor.cast(self._dtype)
+                parts.setdefault(number, []).append(factor.compact() if self._compact else factor)
         asked = {n: values[n] for s in self._sites if s.layout is None for n in s.variables}
         asked = {n: value for n, value in asked.items() if n in self._wanted}
         for number, pulled in _pull_back(parametrised, asked).items():

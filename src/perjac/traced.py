@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,6 +61,15 @@ class Traced:
         self._order = independence.Order()
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
+        self._compact = True
+
+    @functools.cached_property
+    def uncompacted(self) -> Traced:
+        """The same trace, whose factors keep their two sides even where the rows are smaller."""
+        other = copy.copy(self)
+        other._compact, other._made = False, {}
+        other._probed = set(self._probed)  # each knows the order of what it has probed itself
+        return other
 
     @functools.cached_property
     def plain(self) -> Program:
@@ -128,7 +138,9 @@ class Traced:
         refused = self._why_tape(head)
         made = self.once(
             ("decisions", head, tuple(weights), count, refused, self._order),
-            lambda: decide(self.program, self._flow, head, weights, count, refused, self._order),
+            lambda: decide(
+                self.program, self._flow, head, weights, count, refused, self._order, self._compact
+            ),
         )
         for decision in made:
             if self._path == "factored" and decision.path == "tape":
@@ -233,6 +245,29 @@ class Traced:
             _warn_disconnected(self.program.called(head), missing)
         return result, {s.key: factors.get(s.key) or nothing(s) for s in sources}
 
+    def body(
+        self, head: str, sources: Sequence[Source], batch: Batch, chosen: Seeds
+    ) -> Callable[[list[tf.Tensor], tf.Tensor], tuple[tf.Tensor, dict[str, Factor]]]:
+        """Return a function of inputs and the seeds' payload to the output and the factors.
+
+        It is to be part of another graph, and of factored weights alone.
+        """
+        dtype = held_in([s.dtype for s in sources])
+        weights = [s for s in sources if s.kind == "weight"]
+        decisions = self.decisions(head, weights, chosen.count)
+        tensors = {
+            s: s.tensor or self.program.inputs[s.index] for s in sources if s.kind != "weight"
+        }
+        chunk = chunk_of(self.program, head, chosen.count, batch.size)
+        job = self._job(head, decisions, tensors, chosen.signature, chunk, dtype)
+        nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
+
+        def run(inputs: list[tf.Tensor], payload: tf.Tensor) -> tuple[tf.Tensor, dict[str, Factor]]:
+            output, factors, *_ = job.body(inputs, payload)
+            return output, {s.key: factors.get(s.key) or nothing(s) for s in sources}
+
+        return run
+
     def _give_up(self, head: str, failure: Exception) -> None:
         """Let everything go to the tape from here on, and say so."""
         text = f"{failure}".strip().partition("\n")[0][:200]
@@ -282,7 +317,8 @@ class Traced:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
         how = (signature, chunk, self._order, dtype, self._jit and any(wanted))
         return self.once(
-            ("job", head, wanted, *how), lambda: Job(self.program, head, decisions, tensors, *how)
+            ("job", head, wanted, *how),
+            lambda: Job(self.program, head, decisions, tensors, *how, compact=self._compact),
         )
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:

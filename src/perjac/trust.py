@@ -1,0 +1,147 @@
+"""What an engine says of itself: how each weight goes, whether it is right, and a file to run."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from perjac import export, inputs, seeds
+from perjac.errors import InputError, check_one_of
+from perjac.inspection import Inspection
+from perjac.objectives import Objectives
+from perjac.precision import at_least_float32
+from perjac.shapes import size
+from perjac.traces import Traces
+from perjac.verification import Verification, verify
+
+
+class Trust:
+    """The part of an engine that is about the engine.
+
+    Attributes
+    ----------
+    traces : Traces
+        Every trace of the model.
+    """
+
+    traces: Traces
+    _check: bool
+    _objectives: Objectives
+
+    def jacobian(self, x: Any, *, of: Any = None, outputs: Any = None) -> Any:
+        """Differentiate each example's outputs."""
+        raise NotImplementedError
+
+    def inspect(self, batch_size: int = 32, *, x: Any = None, of: Any = None) -> Inspection:
+        """Return how each trainable weight goes: its sites, rules, path, why, and the cost.
+
+        Parameters
+        ----------
+        batch_size : int
+            For the memory expected.
+        x : array, optional
+            An example batch, for a model that does not declare the shapes of its inputs.
+        of : str, int or layer, optional
+            As in `jacobian`.
+
+        Returns
+        -------
+        Inspection
+            A table: print it, or read its `rows`.
+        """
+        batch = self.traces.prepare(self.traces.example() if x is None else x)
+        traced, names = self.traces.of(batch)
+        head = names.head(of)
+        if self._check:
+            traced.check_shapes(head)
+        count = size(traced.row_shape(head))
+        decisions = traced.decisions(head, names.sources("weights"), count)
+        return Inspection.of(decisions, batch_size, count)
+
+    def verify(self, x: Any, *, of: Any = None, rtol: float | None = None) -> Verification:
+        """Compare with a plain loop over examples and outputs, in float64.
+
+        Parameters
+        ----------
+        x : array, or list, tuple or dict of arrays
+            A few examples; the first 8 are looked at, and up to 10 outputs.
+        of : str, int or layer, optional
+            As in `jacobian`.
+        rtol : float, optional
+            The relative error allowed; by default 1e-10 in float64, 1e-4 in float32, 1e-2 below.
+
+        Returns
+        -------
+        Verification
+            With `passed` and the worst error of each weight.
+        """
+        batch = self.traces.prepare(x)
+        if batch.size == 0:
+            raise InputError("Expected at least one example to verify on. Received: none.")
+        traced, names = self.traces.of(batch)
+        head = names.head(of)
+        reference = traced.plain
+        return verify(
+            reference,
+            traced.program.counterpart(head, reference),
+            traced.model(head),
+            batch,
+            names.sources("weights"),
+            lambda part, rows: self.jacobian(part, of=of, outputs=rows),
+            rtol,
+        )
+
+    def export(
+        self,
+        path: str | pathlib.Path,
+        x: Any,
+        y: Any = None,
+        *,
+        job: str = "jacobian",
+        wrt: Any = "weights",
+        of: Any = None,
+        outputs: Any = None,
+        loss: Any = None,
+    ) -> pathlib.Path:
+        """Write a compiled program for batches of one size, to be run without TensorFlow.
+
+        Parameters
+        ----------
+        path : str or path
+            Of the program, in StableHLO; beside it go a manifest of its arguments, `.json`, and
+            the variables' values, `.npz`.
+        x, y : as in `jacobian` and `gradients`
+            Examples of the shapes, types and batch size that the program is for.
+        job : {"jacobian", "diagonal", "gradients", "norms"}
+            Rows of the Jacobian; Σ of their squares; gradients of each example's loss; their norms.
+        wrt, of, outputs : as in `jacobian`
+            `wrt="inputs"` gives the Jacobian by the inputs.
+        loss : as in `gradients`
+            For the last two jobs.
+
+        Returns
+        -------
+        pathlib.Path
+            Of the program. `perjac.pjrt.load` runs it.
+
+        Raises
+        ------
+        PathError
+            If some weight would need the tape path.
+        InputError
+            If XLA cannot compile it.
+        """
+        check_one_of(job, list(export.JOBS), "job")
+        batch, objective = self.traces.prepare(x), None
+        if export.JOBS[job][1]:
+            objective = self._objectives.of(loss, None, None)
+            wide = at_least_float32(self.traces.floating)
+            batch = inputs.beside(batch, wide, y=y, sample_weight=None)
+        traced, names = self.traces.of(batch, objective)
+        head, sources = names.head(of), names.sources(wrt)
+        if self._check:
+            traced.check_shapes(head)
+            traced.check_data(head, sources, batch)
+        dtype = traced.program.graph.get_tensor_by_name(head).dtype
+        chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), dtype)
+        return export.write(path, job, traced, head, sources, batch, chosen)
