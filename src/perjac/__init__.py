@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from perjac._version import __version__
 
 if TYPE_CHECKING:
-    from perjac import callbacks, data, errors, saliency
+    from perjac import callbacks, data, errors, fisher, saliency
     from perjac.engine import Engine
     from perjac.errors import PerjacError, PerjacWarning
     from perjac.gradients import Gradients
@@ -28,7 +28,9 @@ _HOME = {
     "activation": "perjac.sources",
     "call": "perjac.inputs",
 }
-_MODULES = {name: f"perjac.{name}" for name in ("callbacks", "data", "errors", "saliency")}
+_MODULES = {
+    name: f"perjac.{name}" for name in ("callbacks", "data", "errors", "fisher", "saliency")
+}
 
 __all__ = [
     "Engine",
@@ -42,6 +44,7 @@ __all__ = [
     "callbacks",
     "data",
     "errors",
+    "fisher",
     "saliency",
 ]
 

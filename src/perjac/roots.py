@@ -6,7 +6,8 @@ of a square root of the Fisher information, F = Σ_b (J_b S_b)(J_b S_b)ᵀ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -15,16 +16,23 @@ import tensorflow as tf
 def categorical(logits: tf.Tensor, k: Any) -> tf.Tensor:
     """Return column k of S for classes along the last axis, shaped as `logits` (B, ..., C).
 
-    H = diag(p) - p pᵀ = S Sᵀ with S_c = √p_c (e_c - p), at each position by itself.
+    H = diag(p) - p pᵀ at each position by itself has rank C - 1, and a triangular root of as many
+    columns (Tanabe and Sagae 1992): with r_c = Σ_{i>c} p_i,
+
+        S_cc = √(p_c r_c / (p_c + r_c)),    S_ic = -p_i √(p_c / (r_c (p_c + r_c))) for i > c.
     """
     p = tf.nn.softmax(logits)
     classes = logits.shape[-1]
-    hot = tf.one_hot(k % classes, classes, dtype=p.dtype)
-    column = tf.sqrt(tf.gather(p, k % classes, axis=-1))[..., None] * (hot - p)
+    c = k % (classes - 1)
+    mine = tf.gather(p, c, axis=-1)[..., None]
+    after = p * tf.cast(tf.range(classes) > c, p.dtype)
+    rest = tf.reduce_sum(after, -1, keepdims=True)
+    down = tf.sqrt(tf.math.divide_no_nan(mine, rest * (mine + rest)))
+    column = rest * down * tf.one_hot(c, classes, dtype=p.dtype) - after * down
     positions = p.shape[1:-1].num_elements()
     if positions == 1:
         return column
-    here = tf.one_hot(k // classes, positions, dtype=p.dtype)
+    here = tf.one_hot(k // (classes - 1), positions, dtype=p.dtype)
     return column * tf.reshape(here, [*p.shape[1:-1], 1])
 
 
@@ -34,6 +42,12 @@ def bernoulli(logits: tf.Tensor, k: Any) -> tf.Tensor:
     entries = logits.shape[1:].num_elements()
     hot = tf.reshape(tf.one_hot(k, entries, dtype=p.dtype), p.shape[1:])
     return tf.sqrt(p * tf.sigmoid(-logits)) * hot
+
+
+def column_count(kind: str, shape: Sequence[int]) -> int:
+    """Return how many columns a root has for an output's shape, for one example."""
+    entries = math.prod(shape)
+    return entries - entries // shape[-1] if kind == "categorical" else entries
 
 
 # Of these every column is known from the output alone, so the sweep makes them as it goes.

@@ -6,6 +6,8 @@ of factor and shape.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -16,7 +18,8 @@ from perjac import host, memory, sketch
 from perjac.combination import held_in
 from perjac.errors import InputError, UnknownNameError, check_counts, check_one_of, nearest
 from perjac.explanation import Explanation
-from perjac.factors import Explicit, Factor
+from perjac.factors import Explicit, Factor, Moments
+from perjac.layout import Relabelling
 from perjac.sources import ByKey, Source, Weights, is_variable, match
 
 Factors = Mapping[str, Factor]
@@ -96,6 +99,15 @@ class Rows(Mapping):
         held = {id(part): part for part in parts}  # two factors may share one side
         return sum(part.dtype.size * int(tf.size(part)) for part in held.values())
 
+    def widened(self) -> Self:
+        """Return the same rows held, and answering, in float64."""
+        other = copy.copy(self)
+        other._factors = {k: factor.cast(tf.float64) for k, factor in self._factors.items()}
+        found = self._sources.items()
+        other._sources = {k: dataclasses.replace(s, dtype=tf.float64) for k, s in found}
+        other._held = other._dtype = tf.float64
+        return other
+
     def matrix(self) -> tf.Tensor:
         """Form everything as one array, (*lead, P), columns in the order of `keys()`.
 
@@ -122,6 +134,7 @@ class Rows(Mapping):
         ----------
         Jacot et al. 2018, Neural Tangent Kernel.
         """
+        alone = other is None or other is self
         other = self if other is None else other
         if type(other) is not type(self) or list(other) != list(self):
             raise InputError(
@@ -133,7 +146,8 @@ class Rows(Mapping):
             size * self._dtype.size, self._memory_limit, "The Gram matrix",
             "Choose fewer outputs or examples, and fill it block by block with gram(other).",
         )  # fmt: skip
-        products = query(_gram)(self._factors, other._factors)
+        asked = (self._factors,) if alone else (self._factors, other._factors)
+        products = query(_gram)(*asked)
         products = tf.cast(products, self._dtype)
         return tf.reshape(products, [*self._lead, *other._lead])
 
@@ -184,6 +198,42 @@ class Rows(Mapping):
     def diagonal(self) -> dict[str, tf.Tensor]:
         """Return Σ over examples and rows of the squares, by key, each of its source's shape."""
         return self._ordered(query(_squares)(self._factors))
+
+    def moments(self, reduce: bool, most: int) -> dict[str, Moments]:
+        """Return Σ over examples and rows of both sides' outer products, by key.
+
+        Each weight is read as matrices (G, I, O) by `readings`.
+
+        Parameters
+        ----------
+        reduce : bool
+            Whether positions are brought together before the products.
+        most : int
+            A side longer than that is summed on its diagonal alone.
+        """
+        found = query(_moments, reduce=reduce, most=most)(self._factors)
+        return {key: Moments(*found[key]) for key in self._sources}
+
+    def squares_along(self, bases: Mapping[str, Mapping[str, tf.Tensor]]) -> dict[str, tf.Tensor]:
+        """Return Σ over examples and rows of (Uᵀ J V)², by key, (G, I, O).
+
+        Parameters
+        ----------
+        bases : mapping of str to mapping
+            By key, of "left" to U (G, I, I) and "right" to V (G, O, O), orthogonal; unit vectors
+            where one is left out.
+        """
+        return query(_squares_along)(self._factors, bases)
+
+    @property
+    def held(self) -> tf.DType:
+        """The type that factors are held in, and sums over them formed in."""
+        return self._held
+
+    @property
+    def readings(self) -> dict[str, Relabelling]:
+        """How each weight becomes matrices (G, I, O), as it meets the data."""
+        return {key: self._factors[key].reading for key in self._sources}
 
     def project(self, dim: int, seed: int = 0, kind: str = "gaussian") -> tf.Tensor:
         """Return random projections of the rows, (*lead, dim), that keep inner products.
@@ -351,7 +401,8 @@ def _formed(factor: Factor) -> tf.Tensor:
     return factor.dense()
 
 
-def _gram(factors: Factors, others: Factors) -> tf.Tensor:
+def _gram(factors: Factors, others: Factors | None = None) -> tf.Tensor:
+    others = factors if others is None else others  # the same ones: half of it is enough
     return tf.add_n([factor.gram(others[key]) for key, factor in factors.items()])
 
 
@@ -361,6 +412,14 @@ def _along(factors: Factors, directions: Mapping[str, tf.Tensor]) -> tf.Tensor:
 
 def _squares(factors: Factors) -> dict[str, tf.Tensor]:
     return {key: factor.diagonal() for key, factor in factors.items()}
+
+
+def _moments(factors: Factors, reduce: bool, most: int) -> dict[str, tuple]:
+    return {key: tuple(factor.moments(reduce, most)) for key, factor in factors.items()}
+
+
+def _squares_along(factors: Factors, bases: Mapping[str, Any]) -> dict[str, tf.Tensor]:
+    return {key: factor.squares_along(bases[key]) for key, factor in factors.items()}
 
 
 def _projected(factors: Factors, drawn: Mapping[str, Any]) -> tf.Tensor:

@@ -5,6 +5,7 @@ Turns what users hand over into batches and traces; must not know what will be a
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,14 @@ class Traces:
             binding.function_of(model, training), model if host.is_layer(model) else None
         )
         self._made: dict[tuple, tuple[Traced, Names]] = {}
+        self._compact = True
+
+    @functools.cached_property
+    def uncompacted(self) -> Traces:
+        """The same traces, whose factors keep their two sides even where the rows are smaller."""
+        other = copy.copy(self)
+        other._compact = False
+        return other
 
     @functools.cached_property
     def floating(self) -> tf.DType | None:
@@ -76,7 +85,8 @@ class Traces:
                 Traced(callee, program, batch.structure, self._path, self._compiles),
                 Names(program, self.weights, self._model, names),
             )
-        return self._made[key]
+        traced, names = self._made[key]
+        return traced if self._compact else traced.uncompacted, names
 
     def without_xla(self) -> None:
         """Forget every trace, and let XLA compile none of the next ones.

@@ -4,9 +4,11 @@ Every kind answers the same queries; only `dense` forms the rows. They know no o
 B examples, K rows, T positions, I and O the two sides of a weight, G groups, D a width.
 """
 
-from perjac.factors.base import Explicit, Factor, Way, Zero
+from perjac.factors.base import Explicit, Factor, Zero
 from perjac.factors.lookup import Lookup
+from perjac.factors.moments import Moments
 from perjac.factors.outer import Grouped, Outer
 from perjac.factors.sum import Sum
+from perjac.factors.way import Way
 
-__all__ = ["Explicit", "Factor", "Grouped", "Lookup", "Outer", "Sum", "Way", "Zero"]
+__all__ = ["Explicit", "Factor", "Grouped", "Lookup", "Moments", "Outer", "Sum", "Way", "Zero"]

@@ -8,8 +8,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors.base import Factor, Way, gram_of, lead_of, sum_of_squares
+from perjac.factors.base import Factor, gram_of, lead_of, sum_of_squares
+from perjac.factors.moments import Moments, moment
 from perjac.factors.outer import weighted
+from perjac.factors.way import Way
+from perjac.layout import Relabelling
 from perjac.sketch import Side
 
 
@@ -67,6 +70,27 @@ class Lookup(Factor):
         flat = tf.reshape(squares, [-1, self.layout.target[1]])
         ids = tf.reshape(self.ids, [-1])
         return self._back(tf.math.unsorted_segment_sum(flat, ids, self.layout.target[0]), False)
+
+    def moments(self, reduce: bool, most: int) -> Moments:
+        """Return how often each id occurs, (1, V), Σ δ δᵀ and B·T: a is one 1 among zeros.
+
+        With `reduce`, the sum of its squared shares of an example's ids, the diagonal of what an
+        Outer's left side would be.
+        """
+        delta, ids = self.delta, tf.reshape(self.ids, [-1])
+        batch, positions = tf.unstack(tf.cast(tf.shape(self.ids), delta.dtype))
+        weights, terms = tf.ones(tf.shape(ids), delta.dtype), batch * positions
+        if reduce:
+            same = tf.equal(self.ids[:, :, None], self.ids[:, None, :])
+            often = tf.reduce_sum(tf.cast(same, delta.dtype), 2) / positions**2
+            weights, terms, delta = tf.reshape(often, [-1]), batch, tf.reduce_sum(delta, 2)
+        left = tf.math.unsorted_segment_sum(weights, ids, self.layout.target[0])
+        return Moments(left[None], moment(delta, most), terms[None])
+
+    def squares_along(self, bases: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Return Σ_bk (J V)², (1, V, D): the left side's basis is that of the unit vectors."""
+        delta = tf.tensordot(self.delta, bases["right"][0], 1) if "right" in bases else self.delta
+        return Lookup(Relabelling.of(self.layout.target), self.ids, delta).diagonal()[None]
 
     def squared_deviations(self) -> tf.Tensor:
         """Return Σ (J - J̄)², by moments: most rows of the table are zero."""

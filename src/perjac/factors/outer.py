@@ -9,7 +9,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors.base import Factor, Way, gram_of
+from perjac.factors.base import _FORM_AT_ONCE, Factor, gram_of
+from perjac.factors.moments import Moments, grouped_moment, moment
+from perjac.factors.way import Way
+from perjac.layout import Relabelling
 from perjac.patches import Patches
 from perjac.shapes import size
 from perjac.sketch import Side
@@ -94,19 +97,16 @@ class Outer(Factor):
             inputs = tf.matmul(self.a[:, 0], other.a[:, 0], transpose_b=True)  # (B, B')
             return inputs[:, None, :, None] * gram_of(self.delta, other.delta)
         inputs, outputs = self.layout.target
-        rows = sum((f.delta.shape[0] or 1) * (f.row_count or 1) for f in (self, other))
+        sides = (self,) if other is self else (self, other)
+        rows = sum((f.delta.shape[0] or 1) * (f.row_count or 1) for f in sides)
         blocks = math.ceil(rows * inputs * outputs / _BLOCK)
         width = math.ceil(inputs / blocks) if blocks else inputs
-        mine, theirs = self.columns, other.columns
-        return tf.add_n(
-            [
-                gram_of(
-                    tf.matmul(mine[:, None, :, n : n + width], self.delta, transpose_a=True),
-                    tf.matmul(theirs[:, None, :, n : n + width], other.delta, transpose_a=True),
-                )
-                for n in range(0, inputs, max(width, 1))
-            ]
-        )
+        columns = [(f.columns[:, None], f.delta) for f in sides]
+        products = []
+        for n in range(0, inputs, max(width, 1)):
+            formed = [tf.matmul(a[:, :, :, n : n + width], d, transpose_a=True) for a, d in columns]
+            products.append(gram_of(formed[0], formed[-1]))
+        return tf.add_n(products)
 
     def jvp(self, v: tf.Tensor) -> tf.Tensor:
         """Return Σ_t a_tᵀ V δ_t: T·I·O + K·T·O multiply-adds an example."""
@@ -132,6 +132,42 @@ class Outer(Factor):
             return super().diagonal()
         delta = tf.reduce_sum(tf.square(self.delta[:, :, 0]), 1)
         return self._back(tf.matmul(tf.square(self.a[:, 0]), delta, transpose_a=True), False)
+
+    def moments(self, reduce: bool, most: int) -> Moments:
+        """Return Σ a aᵀ over b and t, Σ δ δᵀ over b, k and t, and B·T.
+
+        With `reduce`, of the mean of a over t and the sum of δ over t, and B.
+        """
+        a, delta = self._left(reduce, most), self.delta
+        if reduce:
+            delta = tf.reduce_sum(delta, 2)
+        terms = tf.shape(self.delta)[0] * (1 if reduce else tf.shape(self.delta)[2])
+        return Moments(a, moment(delta, most), tf.cast([terms], delta.dtype))
+
+    def _left(self, reduce: bool, most: int) -> tf.Tensor:
+        """Return the left side's moments, with no more windows laid out at a time than fit."""
+        inputs = self.layout.target[0]
+
+        def ask(part: Outer) -> tf.Tensor:
+            a = tf.reduce_mean(part.columns, 1) if reduce else part.columns
+            return moment(a, most)
+
+        if not isinstance(self.a, Patches) or (self.positions or 1) * inputs <= _FORM_AT_ONCE:
+            return ask(self)
+        start = tf.zeros([1, inputs] if inputs > most else [1, inputs, inputs], self.delta.dtype)
+        return self._one_by_one(ask, start)
+
+    def squares_along(self, bases: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Return Σ_bk (Uᵀ J V)², (1, I, O): the diagonal of Σ_t (Uᵀ a_t)(Vᵀ δ_t)ᵀ."""
+        own = Relabelling.of(self.layout.target)
+        if not bases:
+            return Outer(own, self.a, self.delta).diagonal()[None]
+        a, delta = self.columns, self.delta
+        if "left" in bases:
+            a = tf.tensordot(a, bases["left"][0], 1)
+        if "right" in bases:
+            delta = tf.tensordot(delta, bases["right"][0], 1)
+        return Outer(own, a, delta).diagonal()[None]
 
     def squared_deviations(self) -> tf.Tensor:
         """Return Σ (J - J̄)²: by moments in float64 for T = 1, where no row is formed."""
@@ -160,6 +196,11 @@ class Grouped(Factor):
     a: tf.Tensor  # (B, T, G, I)
     delta: tf.Tensor  # (B, K, T, G, O)
 
+    @property
+    def reading(self) -> Relabelling:
+        """How the weight becomes matrices (G, I, O): as here."""
+        return self.layout
+
     def rows(self) -> tf.Tensor:
         """Form (B, K, G, I, O)."""
         return tf.einsum("btgi,bktgo->bkgio", self.a, self.delta)
@@ -173,6 +214,24 @@ class Grouped(Factor):
         """Return Σ_bkt u a_tgᵀ δ_tg."""
         equation = "btgi,btgo->bgio" if per_example else "btgi,btgo->gio"
         return self._back(tf.einsum(equation, self.a, weighted(self.delta, u)), per_example)
+
+    def moments(self, reduce: bool, most: int) -> Moments:
+        """Return the same as an Outer's for each group."""
+        a, delta = self.a, self.delta
+        terms = tf.shape(delta)[0] * (1 if reduce else tf.shape(delta)[2])
+        if reduce:
+            a, delta = tf.reduce_mean(a, 1), tf.reduce_sum(delta, 2)
+        count = tf.cast([terms], delta.dtype)
+        return Moments(grouped_moment(a, most), grouped_moment(delta, most), count)
+
+    def squares_along(self, bases: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Return Σ_bk (U_gᵀ J_g V_g)², (G, I, O)."""
+        a, delta = self.a, self.delta
+        if "left" in bases:
+            a = tf.einsum("btgi,gij->btgj", a, bases["left"])
+        if "right" in bases:
+            delta = tf.einsum("bktgo,gop->bktgp", delta, bases["right"])
+        return Grouped(Relabelling.of(self.layout.target), a, delta).diagonal()
 
     def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
         """Return Σ_tg (r_g·a_tg)(q·δ_tg), (B, K, dim)."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors.base import Explicit, Factor, Way
+from perjac.factors.base import Explicit, Factor
+from perjac.factors.way import Way
 from perjac.layout import Relabelling
 from perjac.sketch import Side
 

@@ -12,7 +12,7 @@ import scipy.linalg
 
 from perjac.errors import InputError
 from perjac.fisher.columns import Columns
-from perjac.fisher.form import Form, checked
+from perjac.fisher.form import Form, check_damping, checked
 
 
 class Block:
@@ -153,12 +153,18 @@ class BlockForm(Form):
         blocks: Mapping[tuple[str, ...], Block],
         reduction: str = "mean",
     ):
-        super().__init__(columns, examples)
-        self.blocks, self.reduction = dict(blocks), reduction
-        slices = columns.slices
-        numbers = np.arange(columns.count)
-        self._places = {
-            keys: np.concatenate([numbers[slices[key]] for key in keys]) for keys in self.blocks
+        super().__init__(columns, examples, reduction)
+        self.blocks = dict(blocks)
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[str, ...], slice | np.ndarray]:
+        """Where each block's numbers are in a vector of all."""
+        slices = self.columns.slices
+        return {
+            keys: slices[keys[0]]
+            if len(keys) == 1
+            else np.concatenate([np.r_[slices[key]] for key in keys])
+            for keys in self.blocks
         }
 
     def merge(self, other: BlockForm) -> BlockForm:
@@ -169,17 +175,10 @@ class BlockForm(Form):
         other : BlockForm
             The same form of the same weights, on other examples.
         """
-        alike = type(other) is type(self) and other.columns == self.columns
-        if not alike or {k: type(b) for k, b in self.blocks.items()} != {
-            k: type(b) for k, b in other.blocks.items()
-        }:
-            raise InputError(f"Expected the same form of the same weights. Received: {other!r}.")
-        if other.reduction != self.reduction:
-            raise InputError(f"Expected reduction={self.reduction!r}, as here. Received: a "
-                             f"{other.reduction!r}.")  # fmt: skip
-        total = self.examples + other.examples
-        mean = self.reduction == "mean"
-        mine, theirs = (n / total if mean else 1.0 for n in (self.examples, other.examples))
+        total, mine, theirs = self._joined(other)
+        kinds, others = ({k: type(b) for k, b in f.blocks.items()} for f in (self, other))
+        if kinds != others:
+            raise InputError(f"Expected the same blocks of the same weights. Received: {other!r}.")
         blocks = {k: b.merged(other.blocks[k], mine, theirs) for k, b in self.blocks.items()}
         return BlockForm(self.columns, total, blocks, self.reduction)
 
@@ -193,6 +192,7 @@ class BlockForm(Form):
 
     def logdet(self, damping: float = 0.0) -> float:
         """Return log det(F + damping·I)."""
+        check_damping(damping)
         return float(np.log(checked(self.eigenvalues(), damping)).sum())
 
     def diagonal(self) -> np.ndarray:
@@ -219,7 +219,9 @@ class BlockForm(Form):
         for n, (keys, block) in enumerate(self.blocks.items()):
             mine = np.flatnonzero(owners == n)
             there = order[mine] - (ends[n] - len(found[n]))
-            vectors[np.ix_(self._places[keys], mine)] = block.eigenvectors(there)
+            part = np.zeros((self.columns.count, len(mine)))
+            part[self._places[keys]] = block.eigenvectors(there)
+            vectors[:, mine] = part
         return every[order], vectors
 
     def _products(self, v: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from perjac.errors import InputError
+from perjac.errors import InputError, UnknownNameError
 from perjac.shapes import size
-from perjac.sources import match
+from perjac.sources import ByKey, match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Columns:
             return array
         found = np.zeros(self.count)
         for key, value in vector.items():
-            key = match(key, self.keys, "key")
+            key = self.find(key)
             if tuple(np.shape(value)) != self.shape(key):
                 raise InputError(
                     f"Expected v[{key!r}] of shape {self.shape(key)}. Received: {np.shape(value)}."
@@ -86,5 +86,22 @@ class Columns:
         return self.by_key(flat) if isinstance(given, Mapping) else flat
 
     def by_key(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """Return a flat vector (P,) as {key: array of the weight's shape}."""
-        return {key: flat[self.slices[key]].reshape(self.shape(key)) for key in self.keys}
+        """Return a flat vector (P,) as {key: array of the weight's shape}.
+
+        Short names find it too, where they fit but one.
+        """
+        slices = self.slices
+        parts = {key: flat[slices[key]].reshape(self.shape(key)) for key in self.keys}
+        return ByKey(parts, self.find)
+
+    def find(self, name: Any) -> str:
+        """Return the key that a user's name means.
+
+        Raises
+        ------
+        UnknownNameError
+            If none or several do.
+        """
+        if not isinstance(name, str):
+            raise UnknownNameError(f"Expected the name of a weight. Received: {name!r}.")
+        return match(name, self.keys, "weight")

@@ -1,15 +1,18 @@
-"""F as an operator that is never formed: its products are J ᵀ(J v), batch by batch."""
+"""F as an operator that is never formed: its products are Jᵀ(J v), batch by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from scipy.sparse.linalg import LinearOperator, cg, eigsh
 
-from perjac.errors import InputError, NotConvergedError
+from perjac.errors import InputError
+from perjac.fisher import estimates
 from perjac.fisher.columns import Columns
-from perjac.fisher.form import Form
+from perjac.fisher.estimates import Estimate, SpectralDensity
+from perjac.fisher.form import Form, check_damping
+from perjac.fisher.lanczos import conjugate_gradients, inverse_root, largest_of
+from perjac.fisher.products import pulled, pushed
 from perjac.rows import Rows
 
 # A solution's residual, relative to what is solved for.
@@ -18,6 +21,9 @@ _RESIDUAL = 1e-10
 
 class Implicit(Form):
     """The exact Fisher information, by products alone.
+
+    Products, the trace, the diagonal, solutions and the largest eigenvalues are exact up to
+    rounding; what asks for all eigenvalues is estimated, and tells how well.
 
     Parameters
     ----------
@@ -29,12 +35,19 @@ class Implicit(Form):
         Gives all rows, anew each time.
     scale : float
         What GᵀG is multiplied by.
+    reduction : {"mean", "sum"}
+        Whether it was divided by N.
     """
 
     def __init__(
-        self, columns: Columns, examples: int, rows: Callable[[], Iterable[Rows]], scale: float
+        self,
+        columns: Columns,
+        examples: int,
+        rows: Callable[[], Iterable[Rows]],
+        scale: float,
+        reduction: str = "mean",
     ):
-        super().__init__(columns, examples)
+        super().__init__(columns, examples, reduction)
         self._rows, self._scale = rows, scale
 
     def trace(self) -> float:
@@ -50,30 +63,82 @@ class Implicit(Form):
         return self._scale * found
 
     def eigsh(self, k: int = 6) -> tuple[np.ndarray, np.ndarray]:
-        """Return the k largest eigenvalues, the largest first, and their vectors, by Lanczos."""
+        """Return the k largest eigenvalues, the largest first, and their vectors, by Lanczos.
+
+        Raises
+        ------
+        NotConvergedError
+            If it does not find them.
+        """
         if not 1 <= k < self.columns.count:
             raise InputError(f"Expected k= from 1 to {self.columns.count - 1}. Received: {k!r}.")
-        values, vectors = eigsh(self, k=k)
-        order = np.argsort(values)[::-1]
-        return values[order], vectors[:, order]
+        return largest_of(self, k)
+
+    def eigenvalues(self) -> np.ndarray:
+        """Refuse: products do not give all eigenvalues.
+
+        Raises
+        ------
+        InputError
+            Always.
+        """
+        raise InputError(
+            "An operator does not know all its eigenvalues: choose eigsh(k), spectral_density(), "
+            "or another form."
+        )
+
+    def logdet(
+        self, damping: float = 0.0, probes: int = 10, steps: int = 50, deflate: int = 0,
+        seed: int = 0,
+    ) -> Estimate:  # fmt: skip
+        """Estimate log det(F + damping·I), as `estimates.stochastic_logdet` does.
+
+        Raises
+        ------
+        InputError
+            If damping is not above zero.
+        """
+        return estimates.stochastic_logdet(self, damping, probes, steps, deflate, seed)
+
+    def effective_dimension(
+        self, damping: float, probes: int = 10, steps: int = 50, deflate: int = 0, seed: int = 0
+    ) -> Estimate:
+        """Estimate Σ_i λ_i / (λ_i + damping), as `estimates.stochastic_effective_dimension` does.
+
+        Raises
+        ------
+        InputError
+            If damping is not above zero.
+        """
+        return estimates.stochastic_effective_dimension(self, damping, probes, steps, deflate, seed)
+
+    def spectral_density(self, probes: int = 10, steps: int = 50, seed: int = 0) -> SpectralDensity:
+        """Estimate how the eigenvalues are spread, as `estimates.spectral_density` does."""
+        return estimates.spectral_density(self, probes, steps, seed)
+
+    def sample(self, count: int = 1, damping: float = 0.0, seed: int = 0) -> np.ndarray:
+        """Return draws from the normal distribution N(0, (F + damping·I)⁻¹), (count, P).
+
+        Each is (F + damping·I)^(-1/2) z by Lanczos, within 1e-8 of its length.
+
+        Raises
+        ------
+        InputError
+            If damping is not above zero.
+        NotConvergedError
+            If Lanczos takes more than 2,000 steps.
+        """
+        check_damping(damping, above=True)
+        return super().sample(count, damping, seed)
 
     def _products(self, v: np.ndarray) -> np.ndarray:
         found = np.zeros_like(v)
         for rows in self._rows():
-            for m in range(v.shape[1]):
-                found[:, m] += self.columns.flat(rows.vjp(rows.jvp(v[:, m])))
+            found += pulled(rows, pushed(rows, v), self.columns)
         return self._scale * found
 
     def _solved(self, v: np.ndarray, damping: float) -> np.ndarray:
-        damped = LinearOperator(
-            self.shape, matvec=lambda x: self._matvec(x) + damping * np.ravel(x), dtype="f8"
-        )
-        found = np.empty_like(v)
-        for m in range(v.shape[1]):
-            found[:, m], failed = cg(damped, v[:, m], rtol=_RESIDUAL, atol=0)
-            if failed:
-                raise NotConvergedError(
-                    f"Conjugate gradients did not reach a residual of {_RESIDUAL:g} in {failed} "
-                    "steps: choose a larger damping, low_rank() or an approximate form."
-                )
-        return found
+        return conjugate_gradients(lambda x: self._products(x) + damping * x, v, _RESIDUAL)
+
+    def _spread(self, z: np.ndarray, damping: float) -> np.ndarray:
+        return np.stack([inverse_root(self, column, damping) for column in z.T], 1)

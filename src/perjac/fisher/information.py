@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from perjac import memory
-from perjac.errors import InputError, check_one_of
+from perjac.errors import InputError, TooLargeError, check_one_of
 from perjac.fisher.blocks import Block, BlockForm, Dense, Diagonal
 from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form
 from perjac.fisher.implicit import Implicit
+from perjac.fisher.kronecker import APPROXIMATIONS, Kronecker, eigenbasis_blocks, kronecker_blocks
 from perjac.fisher.low_rank import LowRank
+from perjac.fisher.products import row_count, second_moment
 from perjac.fisher.root import Root
 from perjac.fisher.stream import Stream
 from perjac.rows import Rows
 
 _REDUCTIONS = ("mean", "sum")
+# Examples that the outputs are looked at of, to tell what they are.
+_FEW = 32
 # Up to so many numbers the exact questions are answered by the matrix itself.
 _SMALL = 1024
 # Up to so many rows, by their Gram matrix: 8,192² numbers are 0.5 GiB, their eigenvalues a minute.
@@ -45,15 +51,18 @@ class Fisher:
     >>> import keras, numpy as np, perjac as pj
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="top")])
     >>> F = pj.Engine(model).fisher(np.ones((8, 4), "float32"), likelihood="categorical")
-    >>> F.diagonal().traces().keys(), F.dense().shape
-    (dict_keys(['top/kernel', 'top/bias']), (15, 15))
+    >>> len(F.diagonal().traces()), F.dense().shape
+    (2, (15, 15))
     """
 
     def __init__(self, root: Root, data: Any, reduction: str, variance: Any = 1.0):
         check_one_of(reduction, _REDUCTIONS, "reduction")
         self._root, self._stream, self.reduction = root, Stream.of(data), reduction
-        x, y = self._stream.first()
+        if variance != 1.0 and not root.has_variance:
+            raise InputError(f"variance= is of likelihood='gaussian'. Received: {variance!r}.")
+        x, y = self._stream.first(_FEW)
         sources = root.prepare(x, y)
+        self._few = x
         self._at_once, self._rows_at_once = root.at_once(x)
         self.columns = Columns(tuple(s.key for s in sources), tuple(s.shape for s in sources))
         if variance == "fitted":
@@ -88,10 +97,28 @@ class Fisher:
             return self._stream.size
         return sum(len(tf.nest.flatten(x)[0]) for _, x, _ in self._stream.batches(2**62))
 
-    def rows(self) -> Iterator[Rows]:
-        """Give the rows of a square root of N·F, batch by batch: N·F = scale · Σ rowᵀ row."""
-        for start, x, y in self._stream.batches(self._at_once):
-            yield from self._root.parts(x, y, start, self._rows_at_once)
+    def rows(self, formed: int = 0) -> Iterator[Rows]:
+        """Give the rows of a square root of N·F, batch by batch: N·F = scale · Σ rowᵀ row.
+
+        Parameters
+        ----------
+        formed : int
+            Bytes that are made of each row, besides what it is held in.
+        """
+        return self._rows_of(self._root, formed)
+
+    def _rows_of(self, root: Root, formed: int = 0) -> Iterator[Rows]:
+        examples, rows = root.at_once(self._few, formed)
+        for start, x, y in self._stream.batches(examples):
+            yield from root.parts(x, y, start, rows)
+
+    def _wide_rows(self, formed: int = 0) -> Iterator[Rows]:
+        """Give the rows in float64.
+
+        The information squares them: in float32 what is below 1e-7 of its largest eigenvalue, or
+        3e-4 of the largest singular value of the rows, would be rounding.
+        """
+        return (rows.widened() for rows in self.rows(formed))
 
     # Forms
 
@@ -123,20 +150,120 @@ class Fisher:
             "Choose diagonal(), kronecker(), low_rank() or operator(), or fewer weights with wrt=.",
         )  # fmt: skip
         totals = [np.zeros((size, size)) for size in sizes]
-        for rows in self.rows():
+        for rows in self._wide_rows(2 * 8 * max(sizes)):
             for keys, total in zip(found, totals, strict=True):
-                total += _second_moment(rows, keys)
+                total += second_moment(rows, keys)
         scale = self._scale
         return self._form({k: Dense(t * scale) for k, t in zip(found, totals, strict=True)})
 
     def diagonal(self) -> BlockForm:
         """Return the diagonal, without forming the rest."""
-        totals = {k: np.zeros(s) for k, s in zip(self.keys, self.columns.shapes, strict=True)}
+        totals: dict[str, np.ndarray] = {}
         for rows in self.rows():
             for key, squares in rows.diagonal().items():
-                totals[key] += np.asarray(squares, "f8")
-        scale = self._scale
-        return self._form({(key,): Diagonal(np.ravel(t) * scale) for key, t in totals.items()})
+                _add(totals, key, squares)
+        for total in totals.values():
+            total *= self._scale
+        return self._form({(key,): Diagonal(np.ravel(total)) for key, total in totals.items()})
+
+    def kronecker(self, approximation: str = "expand") -> BlockForm:
+        """Return KFAC: for each weight a block A ⊗ B, of what comes in and what goes back.
+
+        A weight is read as the matrix (I, O) that meets the data, J[b,k] = Σ_t a[b,t] δ[b,k,t]ᵀ
+        over positions t, and A (I, I) and B (O, O) are made in one pass. Solutions with damping
+        are exact, by the eigenvectors of A and B.
+
+        Parameters
+        ----------
+        approximation : {"expand", "reduce"}
+            "expand" takes positions for examples: A = mean_bt a aᵀ, B = mean_b Σ_kt δ δᵀ.
+            "reduce" brings them together before: A = mean_b ā āᵀ with ā = mean_t a, and
+            B = mean_b Σ_k (Σ_t δ)(Σ_t δ)ᵀ. Without positions they are the same.
+
+        Returns
+        -------
+        BlockForm
+            With a `Kronecker` for each weight: `left` is A, `right` is B.
+
+        Raises
+        ------
+        TooLargeError
+            If the sides do not fit into the memory limit.
+
+        Warns
+        -----
+        PerjacWarning
+            Where a side is longer than 8,192: of it only the diagonal is kept.
+
+        Notes
+        -----
+        Exact for one example of one position; where δ does not depend on the data, as in a
+        linear model of one weight with a Gaussian likelihood ("expand" if every position has an
+        output of its own, "reduce" if the output is their sum or mean); and for weights of one
+        axis. A grouped convolution has an A and a B for each group, and a depthwise one for each
+        channel. A of an embedding is the diagonal of how often ids occur. A weight whose rows
+        are not held as a and δ (one that is used in several ways, pulled back through a
+        parametrisation, or on the tape path) gets (Σ J Jᵀ) ⊗ (Σ JᵀJ) / Σ ‖J‖², which keeps the
+        trace.
+
+        References
+        ----------
+        Martens and Grosse 2015, Optimizing neural networks with Kronecker-factored approximate
+        curvature; Grosse and Martens 2016 (convolutions); Eschenhagen et al. 2023,
+        Kronecker-factored approximate curvature for modern neural network architectures.
+
+        Examples
+        --------
+        >>> import keras, numpy as np, perjac as pj
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="top")])
+        >>> x = np.random.default_rng(0).normal(size=(50, 4)).astype("float32")
+        >>> kfac = pj.Engine(model).fisher(x).kronecker()
+        >>> kfac.solve({"top/kernel": np.ones((4, 3))}, damping=1e-3)["top/kernel"].shape
+        (4, 3)
+        >>> block = kfac.blocks[kfac.keys[0],]
+        >>> block.left.shape, block.right.shape
+        ((1, 4, 4), (1, 3, 3))
+        """
+        check_one_of(approximation, APPROXIMATIONS, "approximation")
+        return self._form(self._kronecker(approximation))
+
+    def eigenbasis(self, approximation: str = "expand") -> BlockForm:
+        """Return EKFAC: KFAC's eigenvectors, and F's own diagonal in their basis.
+
+        In a second pass over the data, Λ = mean_b Σ_k (U_Aᵀ J U_B)². Of all matrices that are
+        diagonal in that basis, it is the nearest to F's blocks of single weights.
+
+        Parameters
+        ----------
+        approximation : {"expand", "reduce"}
+            As in `kronecker`.
+
+        Returns
+        -------
+        BlockForm
+            With an `Eigenbasis` for each weight. Two of them merge only if they are of one basis.
+
+        Raises
+        ------
+        TooLargeError
+            As `kronecker`.
+
+        References
+        ----------
+        George et al. 2018, Fast approximate natural gradient descent in a Kronecker-factored
+        eigenbasis.
+
+        Examples
+        --------
+        >>> import keras, numpy as np, perjac as pj
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="top")])
+        >>> F = pj.Engine(model).fisher(np.ones((50, 4), "float32"))
+        >>> bool(np.isclose(F.eigenbasis().trace(), F.trace()))
+        True
+        """
+        check_one_of(approximation, APPROXIMATIONS, "approximation")
+        blocks = self._kronecker(approximation)
+        return self._form(eigenbasis_blocks(self._sided(), blocks, self._scale))
 
     def low_rank(self) -> LowRank:
         """Return F by the Gram matrix of its N·K rows: exact, and small where N·K is below P.
@@ -148,7 +275,8 @@ class Fisher:
         TooLargeError
             If the Gram matrix or the factors do not fit into the memory limit.
         """
-        return LowRank(self.columns, self.examples, self._held(), self._scale)
+        held = self._held()
+        return LowRank(self.columns, self.examples, held, self._scale, self.reduction)
 
     def operator(self) -> Implicit:
         """Return F as an operator that is never formed: each product is a pass over the data.
@@ -157,14 +285,15 @@ class Fisher:
         """
         limit = (memory.limit(self._root.engine.memory_limit) or 2**32) // 2
         held: list[Rows] | None = []
-        for rows in self.rows():
+        size = 0
+        for rows in self._wide_rows():
             held.append(rows)
-            if sum(part.nbytes for part in held) > limit:
+            size += rows.nbytes
+            if size > limit:
                 held = None
                 break
-        return Implicit(
-            self.columns, self.examples, self.rows if held is None else (lambda: held), self._scale
-        )
+        again = self._wide_rows if held is None else (lambda: held)
+        return Implicit(self.columns, self.examples, again, self._scale, self.reduction)
 
     # Questions about the exact matrix, answered by the form that is cheapest
 
@@ -177,8 +306,14 @@ class Fisher:
         count = self.columns.count
         if count <= _SMALL:
             return self.dense()
-        rows = self.examples * self._rows_at_once
-        return self.low_rank() if rows <= _GRAM else self.operator()
+        try:
+            if self.examples * self._root.row_count(self._few) <= _GRAM:
+                return self.low_rank()
+            if count <= _GRAM:
+                return self.dense()
+        except TooLargeError:
+            pass
+        return self.operator()
 
     def apply(self, v: Any, damping: float = 0.0) -> Any:
         """Return (F + damping·I) v, for v (P,) or (P, m), or a mapping of key to array."""
@@ -200,11 +335,17 @@ class Fisher:
         return total * self._scale
 
     def logdet(self, damping: float = 1e-3) -> float:
-        """Return log det(F + damping·I)."""
+        """Return log det(F + damping·I).
+
+        An `Estimate`, which knows its error, where neither P nor the number of rows is below 8,193.
+        """
         return self._exact.logdet(damping)
 
     def effective_dimension(self, damping: float = 1e-3) -> float:
-        """Return Σ_i λ_i / (λ_i + damping): how many directions the data determines."""
+        """Return Σ_i λ_i / (λ_i + damping): how many directions the data determines.
+
+        An `Estimate`, as in `logdet`.
+        """
         return self._exact.effective_dimension(damping)
 
     @property
@@ -212,17 +353,34 @@ class Fisher:
         """What Σ rowᵀ row is multiplied by."""
         return self._root.scale / (self.examples if self.reduction == "mean" else 1)
 
-    def _form(self, blocks: dict[tuple[str, ...], Block]) -> BlockForm:
+    def _form(self, blocks: Mapping[tuple[str, ...], Block]) -> BlockForm:
         return BlockForm(self.columns, self.examples, blocks, self.reduction)
+
+    def _kronecker(self, approximation: str) -> dict[tuple[str, ...], Kronecker]:
+        limit, reduce = self._root.engine.memory_limit, approximation == "reduce"
+        return kronecker_blocks(self._sided(), reduce, self._scale, limit)
+
+    def _sided(self) -> Iterator[Rows]:
+        """Give the rows as `rows` does, of factors that keep their sides a and δ."""
+        engine = copy.copy(self._root.engine)
+        engine.traces = engine.traces.uncompacted
+        return self._rows_of(dataclasses.replace(self._root, engine=engine))
 
     def _held(self) -> list[Rows]:
         held: list[Rows] = []
-        for rows in self.rows():
+        size = 0
+        for rows in self._wide_rows():
             held.append(rows)
+            size += rows.nbytes
             memory.check(
-                sum(part.nbytes for part in held), self._root.engine.memory_limit,
+                size, self._root.engine.memory_limit,
                 "The rows' factors of all examples", "Choose operator(), or fewer examples.",
             )  # fmt: skip
+        count = sum(row_count(part) for part in held)
+        memory.check(
+            2 * 8 * count**2, self._root.engine.memory_limit,
+            f"The Gram matrix of {count} rows", "Choose operator(), or fewer examples.",
+        )  # fmt: skip
         return held
 
     def _residual_variance(self) -> float:
@@ -244,8 +402,9 @@ class Fisher:
         return total / count
 
 
-def _second_moment(rows: Rows, keys: Sequence[str]) -> np.ndarray:
-    """Return Σ rowᵀ row of some weights, (p, p), in float64."""
-    sizes = {source.key: source.size for source in rows.sources}
-    flat = tf.concat([tf.reshape(rows[key], [-1, sizes[key]]) for key in keys], 1)
-    return np.asarray(tf.matmul(flat, flat, transpose_a=True), "f8")
+def _add(totals: dict[str, np.ndarray], key: str, part: Any) -> None:
+    """Add to a total in float64, which the first part becomes: memory is slow where it is fresh."""
+    if key in totals:
+        totals[key] += np.asarray(part)
+    else:
+        totals[key] = np.array(part, "f8")

@@ -6,18 +6,20 @@ Knows outputs (B, *output_shape); must not know models or weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.special
 import tensorflow as tf
 
-from perjac.errors import NotPositiveError
+from perjac.errors import NotFiniteError, NotPositiveError
+from perjac.precision import at_least_float32
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 # A Hessian's negative eigenvalues up to so much of its largest are rounding.
 _ROUNDING = 1e-5
+_ZERO = tf.UnconnectedGradients.ZERO
 
 
 def sampled(likelihood: str, outputs: tf.Tensor, samples: int, seed: int, start: int) -> np.ndarray:
@@ -50,15 +52,37 @@ def sampled(likelihood: str, outputs: tf.Tensor, samples: int, seed: int, start:
     return slopes / math.sqrt(samples)
 
 
-def root_of_hessian(losses: Any, outputs: tf.Tensor, start: int, name: str) -> tf.Tensor:
-    """Return S (B, K, *output_shape) with H_b = Σ_k S[b,k] S[b,k]ᵀ, of a loss's Hessians.
+def hessians(losses: Callable, outputs: tf.Tensor, labels: Any) -> tf.Tensor:
+    """Return the Hessian of each example's loss by its own output, (B, entries, entries).
 
     Parameters
     ----------
     losses : callable
-        Outputs (B, *output_shape) → the loss of each example (B,).
+        Outputs (B, *output_shape) and labels → the loss of each example (B,).
     outputs : tf.Tensor
-        Where.
+        Where; in half precision it is widened.
+    labels : nested structure of tensors
+        The batch first.
+    """
+    shape = [-1, *outputs.shape[1:]]
+    entries = outputs.shape[1:].num_elements()
+    z = tf.cast(tf.reshape(outputs, [-1, entries]), at_least_float32(outputs.dtype))
+    with tf.GradientTape() as outer:
+        outer.watch(z)
+        with tf.GradientTape() as inner:
+            inner.watch(z)
+            total = tf.reduce_sum(losses(tf.reshape(z, shape), labels))
+        slopes = inner.gradient(total, z, unconnected_gradients=_ZERO)
+    return outer.batch_jacobian(slopes, z, unconnected_gradients=_ZERO)
+
+
+def root_of(hessians: Any, start: int, name: str) -> np.ndarray:
+    """Return S (B, K, entries) with H_b = Σ_k S[b,k] S[b,k]ᵀ, in float64.
+
+    Parameters
+    ----------
+    hessians : array (B, entries, entries)
+        Of a loss.
     start : int
         The number of the first example, for messages.
     name : str
@@ -66,12 +90,19 @@ def root_of_hessian(losses: Any, outputs: tf.Tensor, start: int, name: str) -> t
 
     Raises
     ------
+    NotFiniteError
+        If there is a NaN or Inf.
     NotPositiveError
-        If a Hessian has an eigenvalue below zero: the loss is not convex in the output there.
+        If one has an eigenvalue below zero: the loss is not convex in the output there.
     """
-    hessians = np.asarray(_hessians(losses, outputs), "f8")
-    hessians = (hessians + hessians.transpose(0, 2, 1)) / 2
-    values, vectors = np.linalg.eigh(hessians)
+    found = np.asarray(hessians, "f8")
+    finite = np.isfinite(found).all((1, 2))
+    if not finite.all():
+        raise NotFiniteError(
+            f"The Hessian of the loss {name!r} by the output is not finite at example "
+            f"{start + np.argmin(finite)}: look at its input, its label and the model's output."
+        )
+    values, vectors = np.linalg.eigh((found + found.transpose(0, 2, 1)) / 2)
     largest = np.abs(values).max(1, initial=0)
     wrong = np.flatnonzero(values.min(1, initial=0) < -_ROUNDING * largest)
     if wrong.size:
@@ -82,27 +113,7 @@ def root_of_hessian(losses: Any, outputs: tf.Tensor, start: int, name: str) -> t
             "generalised Gauss-Newton matrix needs a convex loss; kind='empirical' does not."
         )
     roots = vectors * np.sqrt(np.maximum(values, 0))[:, None]  # (B, entries, K)
-    return tf.cast(
-        tf.reshape(roots.transpose(0, 2, 1), [len(roots), -1, *outputs.shape[1:]]), outputs.dtype
-    )
-
-
-def _hessians(losses: Any, outputs: tf.Tensor) -> tf.Tensor:
-    """Return the Hessian of each example's loss by its own output, (B, entries, entries)."""
-    entries = outputs.shape[1:].num_elements()
-    flat = tf.reshape(outputs, [-1, entries])
-
-    @tf.function(autograph=False)
-    def second(z: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as outer:
-            outer.watch(z)
-            with tf.GradientTape() as inner:
-                inner.watch(z)
-                total = tf.reduce_sum(losses(tf.reshape(z, [-1, *outputs.shape[1:]])))
-            slopes = inner.gradient(total, z, unconnected_gradients="zero")
-        return outer.batch_jacobian(slopes, z, unconnected_gradients="zero")
-
-    return second(flat)
+    return roots.transpose(0, 2, 1)
 
 
 def chunks(count: int, most: int) -> list[Sequence[int]]:

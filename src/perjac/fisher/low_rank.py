@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +11,12 @@ import scipy.linalg
 
 from perjac.errors import InputError, NotPositiveError
 from perjac.fisher.columns import Columns
-from perjac.fisher.form import Form
+from perjac.fisher.form import Form, check_damping
+from perjac.fisher.products import pulled, pushed, row_count
 from perjac.rows import Rows
 
-# Eigenvalues of the Gram matrix below so much of the largest are its rounding.
-_NOTHING = {"float32": 1e-6, "float64": 1e-13}
+# Eigenvalues of the Gram matrix below so much of the largest are its rounding, in float64.
+_NOTHING = 1e-13
 
 
 class LowRank(Form):
@@ -33,12 +35,21 @@ class LowRank(Form):
         All of them.
     scale : float
         What GᵀG is multiplied by.
+    reduction : {"mean", "sum"}
+        Whether it was divided by N.
     """
 
-    def __init__(self, columns: Columns, examples: int, rows: Sequence[Rows], scale: float):
-        super().__init__(columns, examples)
+    def __init__(
+        self,
+        columns: Columns,
+        examples: int,
+        rows: Sequence[Rows],
+        scale: float,
+        reduction: str = "mean",
+    ):
+        super().__init__(columns, examples, reduction)
         self._rows, self._scale = list(rows), scale
-        self._counts = [int(np.prod(part.shape[:-1])) for part in self._rows]
+        self._counts = [row_count(part) for part in self._rows]
 
     @functools.cached_property
     def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
@@ -53,8 +64,8 @@ class LowRank(Form):
                 here, there = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
                 gram[here, there], gram[there, here] = block, block.T
         values, vectors = scipy.linalg.eigh(gram, overwrite_a=True)
-        dtype = self._rows[0].sources[0].dtype.name
-        kept = values > _NOTHING.get(dtype, 1e-6) * values.max(initial=0)
+        rounding = max(_NOTHING, len(values) * np.finfo("f8").eps)
+        kept = values > rounding * max(values.max(initial=0), np.finfo("f8").tiny)
         return self._scale * values[kept], vectors[:, kept]
 
     @property
@@ -62,12 +73,30 @@ class LowRank(Form):
         """How many eigenvalues are not zero."""
         return len(self._spectrum[0])
 
+    def merge(self, other: LowRank) -> LowRank:
+        """Return the form of both forms' examples together.
+
+        Parameters
+        ----------
+        other : LowRank
+            Of the same weights, kind and likelihood, on other examples.
+        """
+        total, mine, theirs = self._joined(other)
+        if not math.isclose(mine * self._scale, theirs * other._scale, rel_tol=1e-12):
+            raise InputError(
+                "Expected the same kind and likelihood, whose rows count alike. Received: rows "
+                f"that count {theirs * other._scale / (mine * self._scale):.6g} times as much."
+            )
+        rows = [*self._rows, *other._rows]
+        return LowRank(self.columns, total, rows, mine * self._scale, self.reduction)
+
     def trace(self) -> float:
         """Return the sum of the eigenvalues."""
         return float(self._spectrum[0].sum())
 
     def logdet(self, damping: float = 0.0) -> float:
         """Return log det(F + damping·I)."""
+        check_damping(damping)
         values = self._spectrum[0]
         zeros = self._zeros(damping)
         return float(np.log(values + damping).sum() + (zeros * np.log(damping) if zeros else 0))
@@ -79,6 +108,7 @@ class LowRank(Form):
 
     def effective_dimension(self, damping: float) -> float:
         """Return Σ_i λ_i / (λ_i + damping)."""
+        check_damping(damping, above=True)
         values = self._spectrum[0]
         return float(np.sum(values / (values + damping)))
 
@@ -91,8 +121,8 @@ class LowRank(Form):
                 f"Received: {k!r}."
             )
         chosen = np.argsort(values)[::-1][:k]
-        pulled = self._pulled(vectors[:, chosen])
-        return values[chosen], pulled / np.linalg.norm(pulled, axis=0)
+        found = self._pulled(vectors[:, chosen])
+        return values[chosen], found / np.linalg.norm(found, axis=0)
 
     def diagonal(self) -> np.ndarray:
         """Return the diagonal, (P,)."""
@@ -113,25 +143,14 @@ class LowRank(Form):
 
     def _pushed(self, v: np.ndarray) -> np.ndarray:
         """Return G v, (M, m), for v (P, m)."""
-        return np.stack(
-            [
-                np.concatenate(
-                    [np.ravel(np.asarray(rows.jvp(column), "f8")) for rows in self._rows]
-                )
-                for column in v.T
-            ],
-            1,
-        )
+        return np.concatenate([pushed(rows, v) for rows in self._rows])
 
     def _pulled(self, u: np.ndarray) -> np.ndarray:
         """Return Gᵀ u, (P, m), for u (M, m)."""
-        found = np.zeros((self.columns.count, u.shape[1]))
         ends = np.cumsum([0, *self._counts])
+        found = np.zeros((self.columns.count, u.shape[1]))
         for n, rows in enumerate(self._rows):
-            part = u[ends[n] : ends[n + 1]]
-            for m in range(u.shape[1]):
-                pulled = rows.vjp(part[:, m].reshape(rows.shape[:-1]))
-                found[:, m] += self.columns.flat(pulled)
+            found += pulled(rows, u[ends[n] : ends[n + 1]], self.columns)
         return found
 
     def _products(self, v: np.ndarray) -> np.ndarray:

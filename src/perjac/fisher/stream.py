@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from perjac import progress
 from perjac.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Stream:
     """Examples with or without labels: arrays, or a batched data set.
 
@@ -22,11 +23,13 @@ class Stream:
     data : tf.data.Dataset or tuple
         Of (x,) or (x, y).
     size : int or None
-        N, where it is known beforehand.
+        N, where it is known: of a data set once it was read to its end.
     """
 
     data: Any
     size: int | None
+    _begun: Any = None  # what the look at the first examples has read, and the rest after it
+    _least: int = 0  # how many examples were seen in a pass, be it to the end or not
 
     @classmethod
     def of(cls, data: Any) -> Stream:
@@ -38,6 +41,10 @@ class Stream:
             If it is something else, or there are no examples.
         """
         if isinstance(data, tf.data.Dataset):
+            if data.cardinality() == tf.data.INFINITE_CARDINALITY:
+                raise InputError(
+                    "Expected data that ends. Received a Dataset that repeats for ever."
+                )
             return cls(data, None)
         if isinstance(data, Iterator):
             raise InputError(
@@ -45,24 +52,34 @@ class Stream:
                 "a batched tf.data.Dataset, which starts anew."
             )
         pair = _pair(data)
-        sizes = {len(leaf) for part in pair for leaf in tf.nest.flatten(part)}
-        if len(sizes) != 1:
-            raise InputError(f"Expected as many labels as examples. Received: {sorted(sizes)}.")
-        if sizes == {0}:
+        size = _count(*pair)
+        if not size:
             raise InputError("Expected at least one example. Received: none.")
-        return cls(pair, sizes.pop())
+        return cls(pair, size)
 
-    def first(self) -> tuple[Any, Any]:
-        """Return (x, y) of a few examples; y is None where there are no labels."""
-        for x, y in self._elements():
-            return _part(x, slice(0, 2)), _part(y, slice(0, 2))
+    def first(self, count: int = 2) -> tuple[Any, Any]:
+        """Return (x, y) of the first few examples; y is None where there are no labels.
+
+        What is read for it is not read again: the first pass goes on from there.
+        """
+        elements = self._elements()
+        for x, y in elements:
+            if _count(x):
+                self._begun = itertools.chain([(x, y)], elements)
+                return _part(x, slice(0, count)), _part(y, slice(0, count))
         raise InputError("Expected at least one example. Received an empty data set.")
 
     def batches(self, most: int) -> Iterator[tuple[int, Any, Any]]:
-        """Give (number of the first example, x, y) for at most so many examples at a time."""
+        """Give (number of the first example, x, y) for at most so many examples at a time.
+
+        Raises
+        ------
+        InputError
+            If there are not as many examples as in the last pass.
+        """
         done = 0
         for x, y in self._elements():
-            count = len(tf.nest.flatten(x)[0])
+            count = _count(x) if y is None else _count(x, y)
             if not count:
                 continue
             pieces = -(-count // most)  # of nearly one size
@@ -70,14 +87,30 @@ class Stream:
                 where = slice(int(piece[0]), int(piece[-1]) + 1)
                 yield done, _part(x, where), _part(y, where)
                 done += len(piece)
+                self._least = max(self._least, done)
                 progress.tell(done, self.size or done)
+        if done != (self.size or max(done, self._least)):
+            raise InputError(
+                f"Expected the same examples in each pass over the data. Received: {self._least} "
+                f"the last time, {done} now. Does the Dataset stand on a generator that is used up?"
+            )
+        self.size = done
 
     def _elements(self) -> Iterator[tuple[Any, Any]]:
-        if not isinstance(self.data, tf.data.Dataset):
-            yield (*self.data, None)[:2]
-            return
-        for element in self.data:
-            yield (*_pair(element), None)[:2]
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            return begun
+        whole = not isinstance(self.data, tf.data.Dataset)
+        pairs = [self.data] if whole else map(_pair, self.data)
+        return ((pair[0], pair[1] if len(pair) > 1 else None) for pair in pairs)
+
+
+def _count(*parts: Any) -> int:
+    """Return how many examples there are in x, or in x and y alike."""
+    sizes = {len(leaf) for part in parts for leaf in tf.nest.flatten(part)}
+    if len(sizes) != 1:
+        raise InputError(f"Expected as many labels as examples. Received: {sorted(sizes)}.")
+    return sizes.pop()
 
 
 def _pair(data: Any) -> tuple:

@@ -95,7 +95,7 @@ def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
     )
     rows = tf.reshape(rows, [height, width, site.batch, count, site.fold, channels, multiplier])
     rows = tf.transpose(tf.reduce_sum(rows, 4), [2, 3, 0, 1, 4, 5])
-    return Explicit(site.layout, rows)
+    return Explicit(site.layout, rows, groups=2)
 
 
 def _only_kernel(site: BoundSite, data: int) -> None:
