@@ -460,7 +460,7 @@ def test_demo_writes_a_report_that_a_browser_shows(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

@@ -16,6 +16,7 @@ ROOMS = sorted(HOUSE.rglob("*.py"))
 # name have their place by what they import and who imports them.
 FLOORS = [
     {"cli"},
+    {"commands"},
     {"demo"},
     {"report"},
     {"saliency", "dataset", "data", "callbacks", "keep"},

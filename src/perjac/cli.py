@@ -42,8 +42,8 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == 130:  # Typer's own in place of a KeyboardInterrupt
             raise KeyboardInterrupt
-    except (typer.Abort, KeyboardInterrupt):
-        status = _stop("Interrupted. What was finished is kept.", 130)
+    except (typer.Abort, KeyboardInterrupt) as stop:
+        status = _stop(str(stop) or "Interrupted. What was finished is kept.", 130)
     except (PerjacError, OSError) as problem:
         status = _stop(f"Error: {problem}", 2)
     except Exception as problem:
@@ -98,6 +98,18 @@ def _read(screen: Screen, engine: Any, data: str, raw: bool) -> Any:
     for note in read.notes:
         screen.say(note)
     return read
+
+
+def _labels(labels: str, read: Any, data: str) -> Any:
+    from perjac import files
+
+    y = files.load_labels(labels)
+    if len(read) != len(y):
+        raise InputError(
+            f"Expected a label for each of the {len(read)} examples of {data}. "
+            f"Received: {len(y)} in {labels}."
+        )
+    return y
 
 
 @contextlib.contextmanager
@@ -227,17 +239,14 @@ def gradients(
     if from_logits and loss is None:
         raise InputError("--from-logits goes with --loss: name the loss that takes logits.")
     with _engine(model, signature, log, allow_code, compiled=loss is None) as (screen, engine):
-        from perjac import files
+        from perjac.commands import losses
         from perjac.keep import Keep, Summary
 
-        kept, objective = Keep.read(keep, seed, kind), _loss(engine, model, loss, from_logits)
+        kept = Keep.read(keep, seed, kind)
+        objective = losses.named(engine, model, loss, from_logits)
         with opened(out) as store:
-            read, y = _read(screen, engine, data, raw), files.load_labels(labels)
-            if len(read) != len(y):
-                raise InputError(
-                    f"Expected a label for each of the {len(read)} examples of {data}. "
-                    f"Received: {len(y)} in {labels}."
-                )
+            read = _read(screen, engine, data, raw)
+            y = _labels(labels, read, data)
             summary = Summary(read.names)
             store.describe(model=model, loss=loss or "compiled", from_logits=from_logits)
             for start in screen.track(range(0, len(read), batch_size), "Batches"):
@@ -250,40 +259,6 @@ def gradients(
         screen.say(f"Wrote {kept.told} of {len(read)} examples to {out}.")
         for line in summary.lines():
             screen.say(line)
-
-
-def _loss(engine: Any, model: str, name: str | None, from_logits: bool) -> Any:
-    """Return the loss that a user means: by its name, taking logits, or the compiled one."""
-    from inspect import signature as signature_of
-
-    import keras
-
-    from perjac.errors import UnknownNameError, nearest
-    from perjac.losses import compiled
-
-    if name is None:
-        try:
-            compiled(engine.model)
-        except InputError:
-            raise InputError(
-                f"{model} keeps no loss. Name one, for example --loss mse, or "
-                "--loss sparse_categorical_crossentropy --from-logits."
-            ) from None
-        return None
-    if not from_logits:
-        return name
-    taking = {
-        name.lower(): kind
-        for name, kind in vars(keras.losses).items()
-        if isinstance(kind, type) and "from_logits" in signature_of(kind).parameters
-    }
-    kind = taking.get(name.lower().replace("_", ""))
-    if kind is None:
-        known = [fn for fn in vars(keras.losses) if fn.islower() and fn.replace("_", "") in taking]
-        raise UnknownNameError(
-            f"No Keras loss {name!r} takes --from-logits. {nearest(name, known)}"
-        )
-    return kind(from_logits=True)
 
 
 @app.command()
@@ -348,6 +323,72 @@ def saliency(
                 "Probabilities hardly move where the model is sure: "
                 "--of logits explains what they are made of."
             )
+
+
+@app.command()
+def fisher(
+    model: Model,
+    data: DataPath,
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="An .npz.")],
+    form: Annotated[
+        str, typer.Option(help="diagonal, kronecker, eigenbasis, blocks, dense or spectrum.")
+    ] = "diagonal",
+    kind: Annotated[str, typer.Option(help="exact, sampled or empirical.")] = "exact",
+    likelihood: Annotated[
+        str | None, typer.Option(help="categorical (default), bernoulli, gaussian, a Keras loss.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help=".npy, .npz or .csv, where needed.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="Of the empirical kind; the compiled one by default.")
+    ] = None,
+    from_logits: Annotated[
+        bool, typer.Option("--from-logits", help="The loss takes logits, not probabilities.")
+    ] = False,
+    variance: Annotated[str | None, typer.Option(help="The Gaussian's: 1, or fitted.")] = None,
+    approximation: Annotated[str | None, typer.Option(help="KFAC's: expand or reduce.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of the sampled kind.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampled kind.")] = None,
+    wrt: Annotated[str, typer.Option(help="weights (all), or a layer or weight.")] = "weights",
+    of: Annotated[str | None, typer.Option(help="An output, by name.")] = None,
+    reduction: Annotated[str, typer.Option(help="Over examples: mean or sum.")] = "mean",
+    damping: Annotated[
+        float | None, typer.Option(help="Tell the effective dimension and log-determinant with it.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Eigenvectors of a spectrum.")] = 10,
+    figures: Annotated[str | None, typer.Option(help="Draw, too: png, pdf or svg.")] = None,
+    raw: Raw = False,
+    signature: Signature = None,
+    allow_code: Code = False,
+    log: Log = None,
+) -> None:
+    """Write the Fisher information of data about the weights, in one of its forms."""
+    compiled = kind == "empirical" and loss is None
+    with _engine(model, signature, log, allow_code, compiled) as (screen, engine):
+        from perjac.commands.fisher import Found, Wanted
+
+        wanted = Wanted(
+            out, form, kind, likelihood, loss, from_logits, variance, approximation, samples, seed,
+            wrt, of, reduction, damping, top, figures,
+        )  # fmt: skip
+        asked = wanted.asked(engine, model)
+        if wanted.needs_labels and labels is None:
+            raise InputError(f"{wanted.needs_labels} needs --labels, one for each example.")
+        if labels is not None and not wanted.needs_labels:
+            screen.say(f"--kind {kind} with --likelihood {wanted.law} makes no use of --labels.")
+        read = _read(screen, engine, data, raw)
+        pair = (
+            (read.inputs,) if labels is None else (read.inputs, _labels(labels, read, data).inputs)
+        )
+        try:
+            for _ in screen.track([form], form.capitalize(), "examples"):
+                found = Found.of(wanted, engine.fisher(pair, **asked))
+        except KeyboardInterrupt:
+            raise typer.Abort(f"Interrupted. Nothing is written to {out}.") from None
+        found.write(model)
+        for line in found.lines():
+            screen.say(line)
+        if figures is not None:
+            screen.say(f"Drew {', '.join(path.name for path in found.draw())} beside it.")
 
 
 def _looked_at(engine: Any, name: str) -> Any:

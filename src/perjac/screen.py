@@ -31,13 +31,14 @@ class Screen:
         """Print a line where errors go."""
         print(text, file=self._err, flush=True)
 
-    def track(self, parts: Sequence[Any], doing: str) -> Iterator[Any]:
+    def track(self, parts: Sequence[Any], doing: str, of: str = "points") -> Iterator[Any]:
         """Yield the parts with progress bars on a terminal, and plain lines elsewhere.
 
-        What the work on one part tells of itself is shown too, where it takes long.
+        What the work on one part tells of itself is shown too, where it takes long; `of` says what
+        it counts.
         """
         if self._out.isatty():
-            yield from self._with_bars(parts, doing)
+            yield from self._with_bars(parts, doing, of)
             return
         last = time.monotonic()
 
@@ -45,7 +46,7 @@ class Screen:
             nonlocal last
             if done < total and time.monotonic() - last > _QUIET:
                 last = time.monotonic()
-                self.say(f"{done:,} of {total:,} points")
+                self.say(f"{done:,} of {total:,} {of}")
 
         with progress.heard(listen):
             for number, part in enumerate(parts, 1):
@@ -53,13 +54,13 @@ class Screen:
                 if len(parts) > 1:
                     self.say(f"{doing}: {number} of {len(parts)}")
 
-    def _with_bars(self, parts: Sequence[Any], doing: str) -> Iterator[Any]:
+    def _with_bars(self, parts: Sequence[Any], doing: str, of: str) -> Iterator[Any]:
         from rich.console import Console
         from rich.progress import Progress
 
         with Progress(console=Console(file=self._out)) as bars:
             whole = bars.add_task(doing, total=len(parts))
-            within = bars.add_task("Points", visible=False)
+            within = bars.add_task(of.capitalize(), visible=False)
 
             def listen(done: int, total: int) -> None:
                 bars.update(within, completed=done, total=total, visible=done < total)

@@ -251,5 +251,8 @@ class BlockForm(Form):
 
 
 def _name(keys: tuple[str, ...]) -> str:
-    """Return what a block is called: its weight, or the layer that its weights belong to."""
-    return keys[0] if len(keys) == 1 else keys[0].rpartition("/")[0] or keys[0]
+    """Return what a block is called: its weight, its weights' layer, or the first and last one."""
+    if len(keys) == 1:
+        return keys[0]
+    layers = list(dict.fromkeys(key.rpartition("/")[0] or key for key in keys))
+    return layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]}"

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import memory
-from perjac.errors import InputError, TooLargeError, check_one_of
+from perjac.errors import InputError, PerjacError, TooLargeError, check_one_of
 from perjac.fisher.blocks import Block, BlockForm, Dense, Diagonal
 from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form
@@ -110,7 +110,12 @@ class Fisher:
     def _rows_of(self, root: Root, formed: int = 0) -> Iterator[Rows]:
         examples, rows = root.at_once(self._few, formed)
         for start, x, y in self._stream.batches(examples):
-            yield from root.parts(x, y, start, rows)
+            try:
+                yield from root.parts(x, y, start, rows)
+            except PerjacError as failure:
+                if start:
+                    failure.add_note(f"Examples are counted from number {start}.")
+                raise
 
     def _wide_rows(self, formed: int = 0) -> Iterator[Rows]:
         """Give the rows in float64.

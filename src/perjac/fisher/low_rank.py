@@ -157,20 +157,25 @@ class LowRank(Form):
         return self._scale * self._pulled(self._pushed(v))
 
     def _along(self, v: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Return Σ_i weights_i w_i w_iᵀ v, w the vectors of F's nonzero eigenvalues."""
-        values, vectors = self._spectrum
-        inside = vectors.T @ self._pushed(v)  # (r, m); w_i = Gᵀ u_i / √μ_i
-        return self._pulled(vectors @ ((weights * self._scale / values)[:, None] * inside))
+        """Return Σ_i weights_i λ_i w_i w_iᵀ v, λ and w of F's nonzero eigenvalues.
+
+        With w_i = Gᵀ u_i / √μ_i nothing is divided by a small λ_i.
+        """
+        vectors = self._spectrum[1]
+        inside = weights[:, None] * (vectors.T @ self._pushed(v))  # (r, m)
+        return self._scale * self._pulled(vectors @ inside)
 
     def _solved(self, v: np.ndarray, damping: float) -> np.ndarray:
         values = self._spectrum[0]
-        if not self._zeros(damping):
-            return self._along(v, 1 / (values + damping))
-        return v / damping + self._along(v, 1 / (values + damping) - 1 / damping)
+        if not damping and not self._zeros(0.0):
+            return self._along(v, 1 / (values * (values + damping)))
+        # 1/(λ + d) - 1/d, over λ
+        return v / damping - self._along(v, 1 / (damping * (values + damping)))
 
     def _spread(self, z: np.ndarray, damping: float) -> np.ndarray:
         values = self._spectrum[0]
-        inside = 1 / np.sqrt(values + damping)
-        if not self._zeros(damping):
-            return self._along(z, inside)
-        return z / np.sqrt(damping) + self._along(z, inside - 1 / np.sqrt(damping))
+        roots, root = np.sqrt(values + damping), np.sqrt(damping)
+        if not damping and not self._zeros(0.0):
+            return self._along(z, 1 / (values * roots))
+        # 1/√(λ + d) - 1/√d, over λ
+        return z / root - self._along(z, 1 / (root * roots * (root + roots)))

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from perjac.errors import missing_extra
+from perjac.report import fisher
 from perjac.report.page import picture, render
 from perjac.saliency import figures, gradient
 
 _TEST, _SHOWN, _GALLERY = 360, 6, 10
+# Digits whose exact spectrum is drawn: the Gram matrix of their 300 rows is a second of work.
+_SPECTRUM, _DAMPING = 30, 1e-3
 
 
 def run(out: pathlib.Path, say: Callable[[str], None]) -> None:
@@ -56,6 +59,12 @@ def run(out: pathlib.Path, say: Callable[[str], None]) -> None:
     grads = engine.gradients(x, labels, loss=_loss())
     pulls = np.asarray(grads.norms())
     hardest = picture(_gallery(x, labels, logits, pulls, "‖g‖"), out / "gradients.png")
+    say("Fisher information …")
+    information = engine.fisher(x, likelihood="categorical").diagonal()
+    traces = picture(fisher.traces(information), out / "fisher-traces.png")
+    low_rank = engine.fisher(x[:_SPECTRUM], likelihood="categorical").low_rank()
+    drawn = fisher.spectrum(low_rank, damping=_DAMPING)
+    spectrum = picture(drawn, out / "fisher-spectrum.png")
     say("Verifying against a plain float64 loop …")
     check, table = engine.verify(x[:4]), engine.inspect()
     page = render(
@@ -76,6 +85,12 @@ def run(out: pathlib.Path, say: Callable[[str], None]) -> None:
         told=_told(norms, right),
         hardest=hardest,
         share=f"{_share(pulls):.0%}",
+        traces=traces,
+        spectrum=spectrum,
+        few=_SPECTRUM,
+        damping=_DAMPING,
+        dimension=f"{low_rank.effective_dimension(_DAMPING):.0f}",
+        weights=f"{low_rank.columns.count:,}",
         summary=table.summary,
         columns=table.columns,
         cells=table.cells(),

@@ -1,0 +1,1 @@
+"""What the longer commands do behind the command line: options → work, arrays and lines."""
