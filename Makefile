@@ -4,14 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check zoo bench format clean
+.PHONY: help demo test check zoo peers bench format clean
 
 help:
 	@echo "make demo    train a small net on real digits and write demo-out/report.html"
 	@echo "make test    format check, lint, types and the whole test suite"
 	@echo "make check   the quick part of it, under three minutes"
 	@echo "make zoo     every model of the zoo, the large ones too; writes docs/coverage.md"
-	@echo "make bench   perjac beside TensorFlow's own ways, in one run"
+	@echo "make peers   the environments that other libraries run in under make bench: 6 GB, once"
+	@echo "make bench   perjac beside the other libraries that are there, in one run"
 
 demo: $(VENV)/.demo
 	$(BIN)/perjac demo --out demo-out
@@ -30,6 +31,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --level error
+
+peers: $(VENV)/.test
+	$(BIN)/python benchmarks/environments.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py

@@ -1,107 +1,179 @@
-"""perjac beside TensorFlow's own ways, on one machine, in one run.
+"""perjac beside its peers on this machine: each in its own process, checked first, timed in turn.
 
     python benchmarks/run.py --jobs weights inputs --models cnn --repeats 9
 
-prints a table, and writes it with every single time to benchmarks/results. Absolute times are
-worth little from machine to machine: compare only inside a row.
+prints tables, and writes them, every single time and a chart to benchmarks/results. The peers'
+environments are made by benchmarks/environments.py. Absolute times are worth little from machine to
+machine: compare only inside a job.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import pathlib
 import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import keras
-import tensorflow as tf
+import report
+from compare import Cell
 from jobs import JOBS
-from models import EXAMPLES, MODELS, batch
-from timing import Timed, compare
+from models import MODELS
+from peers import OURS, PEERS
+from process import LeftOut, Process
 
-import perjac as pj
+_DEFAULT_MODELS = ("mlp", "cnn")
 
 
 def main() -> None:
     options = _options()
-    tf.get_logger().setLevel("ERROR")  # pfor tells of every while loop
-    keras.utils.set_random_seed(0)
-    results = []
-    for model_name in options.models:
-        model = MODELS[model_name]()
-        x = batch(model, options.batch or EXAMPLES.get(model_name, 128))
-        for job in options.jobs:
-            if job == "inputs" and x.dtype.kind == "i":
-                continue  # there is no derivative by tokens
-            print(f"{job} of {model_name}, {len(x)} examples …", flush=True)
-            timed = compare(JOBS[job](model, x), options.repeats)
-            results.append({"job": job, "model": model_name, "examples": len(x), "ways": timed})
-            print(_table(results[-1:]), "\n", flush=True)
-    _write(options.out, results, options)
+    results: list[dict] = []
+    about: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "clock": options.clock,
+        "load": [_load(), None],
+        "python": platform.python_version(),
+        "repeats": options.repeats,
+        "versions": {},
+        "absent": {},
+    }
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            crew = Crew(name, options, pathlib.Path(folder))
+            about["versions"] |= crew.versions
+            about["absent"] |= crew.absent
+            try:
+                for result in _model(name, crew, options):
+                    results.append(result)
+                    about["load"][1] = _load()
+                    report.write(options.out, results, about)  # a run cut short leaves what it has
+            finally:
+                crew.end()
+    print(f"Written: {', '.join(str(file) for file in report.files(options.out))}")
+
+
+def _model(name: str, crew: Crew, options: argparse.Namespace) -> Iterator[dict]:
+    """Run every job that is asked of a model."""
+    for job in options.jobs:
+        model, about = MODELS[name], JOBS[job]
+        if not model.asks(job) or (model.tokens and job == "inputs"):
+            continue
+        examples = min(options.batch or about.examples or model.examples, crew.examples)
+        print(f"{about.title}, {name}, {examples} examples …", flush=True)
+        cell = Cell(job, about, examples, crew.folder, options.clock)
+        crew.work_on(cell)
+        cell.time(crew.processes, options.repeats)
+        result = {"job": job, "model": name, "examples": examples, "ways": cell.timed}
+        print(report.table(result), "\n", flush=True)
+        yield result
+
+
+class Crew:
+    """The processes of all peers for one model, and who is absent."""
+
+    def __init__(self, model: str, options: argparse.Namespace, folder: pathlib.Path):
+        self.folder, self._options = folder, options
+        self.examples = options.batch or MODELS[model].examples
+        self.processes: dict[str, Process] = {}
+        self.versions: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+        self._work = folder / "work.npz"
+        _write_work(self._work, model, self.examples)
+        self._start([name for name in PEERS if name in (OURS, *options.peers)])
+
+    def _start(self, names: list[str]) -> None:
+        """Start processes, all of them before the first is waited for."""
+        for name in names:
+            try:
+                self.processes[name] = Process(
+                    name,
+                    PEERS[name],
+                    self._work,
+                    self._options.python,
+                    self._options.limit,
+                    self._options.threads,
+                )
+            except LeftOut as failure:
+                self._miss(name, failure)
+        for name in names:
+            if name not in self.processes:
+                continue
+            try:
+                self.versions |= self.processes[name].hello["versions"]
+            except LeftOut as failure:
+                self.processes.pop(name).end()
+                self._miss(name, failure)
+
+    def _miss(self, name: str, failure: LeftOut) -> None:
+        self.absent[name] = str(failure)
+        print(f"{name} is left out: {failure}", flush=True)
+
+    def work_on(self, cell: Cell) -> None:
+        """Have every peer's ways checked; a process that was lost is started anew."""
+        for name in list(self.processes):
+            if not self.processes[name].alive:
+                self._restart(name)
+            while name in self.processes and not cell.check(self.processes[name]):
+                self._restart(name)
+
+    def _restart(self, name: str) -> None:
+        self.processes.pop(name).end()
+        self._start([name])
+
+    def end(self) -> None:
+        """End all processes."""
+        for process in self.processes.values():
+            process.end()
+        self.processes.clear()
+
+
+def _write_work(file: pathlib.Path, model: str, examples: int) -> None:
+    """Write weights, inputs and labels, which every process reads."""
+    writer = pathlib.Path(__file__).parent / "workers" / "write_work.py"
+    command = [sys.executable, str(writer), model, str(examples), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"The model {model} cannot be made:\n{done.stderr}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, help="examples (default: 128; 16 for the transformer)")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), metavar="JOB",
+                        help=", ".join(JOBS))  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(_DEFAULT_MODELS),
+                        metavar="MODEL", help=", ".join(MODELS))  # fmt: skip
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER",
+                        help=f"{', '.join(PEERS)}; {OURS} always takes part")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="examples, in place of each model's number")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each library")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu, with --threads 1, where the machine has other work")  # fmt: skip
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a call may take")
+    parser.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", type=_pair,
+                        help="a Python to take for an environment")  # fmt: skip
     here = pathlib.Path(__file__).parent
     parser.add_argument("--out", type=pathlib.Path, default=here / "results", help="a folder")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.python = dict(options.python)
+    return options
 
 
-def _table(results: list[dict]) -> str:
-    """Return the results as a Markdown table: medians, and how many times perjac's they are."""
-    lines = [
-        "| job | model, examples | way | median, ms | range, ms | × perjac | first call, ms |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for result in results:
-        ours = result["ways"][0].median_ms
-        for way in result["ways"]:
-            model = f"{result['model']}, {result['examples']}"
-            lines.append(f"| {result['job']} | {model} | {_cells(way, ours)} |")
-    return "\n".join(lines)
+def _pair(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"Expected NAME=PATH. Received: {text!r}.")
+    return name, path
 
 
-def _cells(way: Timed, ours: float | None) -> str:
-    if way.left_out:
-        return f"{way.way} | left out: {way.left_out} | | |"
-    low, high = min(way.repeats_ms), max(way.repeats_ms)
-    ratio = f"{way.median_ms / ours:.2f}" if ours else ""
-    return f"{way.way} | {way.median_ms:.1f} | {low:.1f}–{high:.1f} | {ratio} | {way.first_ms:.0f}"
-
-
-def _machine() -> dict[str, str]:
-    devices = [
-        tf.config.experimental.get_device_details(d).get("device_name", d.name)
-        for d in tf.config.list_physical_devices("GPU")
-    ]
-    return {
-        "device": ", ".join(devices) or f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "perjac": pj.__version__,
-    }
-
-
-def _write(folder: pathlib.Path, results: list[dict], options: argparse.Namespace) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = _machine()
-    about = ", ".join(f"{name} {value}" for name, value in machine.items())
-    heading = f"Medians of {options.repeats} interleaved repeats: {about}."
-    (folder / "latest.md").write_text(f"{heading}\n\n{_table(results)}\n")
-    for result in results:
-        result["ways"] = [dataclasses.asdict(way) for way in result["ways"]]
-    record = {"machine": machine, "results": results}
-    (folder / "latest.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"Written: {folder / 'latest.md'} and latest.json")
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac.shapes import known
+
 
 def categorical(logits: tf.Tensor, k: Any) -> tf.Tensor:
     """Return column k of S for classes along the last axis, shaped as `logits` (B, ..., C).
@@ -22,7 +24,7 @@ def categorical(logits: tf.Tensor, k: Any) -> tf.Tensor:
         S_cc = √(p_c r_c / (p_c + r_c)),    S_ic = -p_i √(p_c / (r_c (p_c + r_c))) for i > c.
     """
     p = tf.nn.softmax(logits)
-    classes = logits.shape[-1]
+    (classes,) = known(logits.shape[-1:])
     c = k % (classes - 1)
     mine = tf.gather(p, c, axis=-1)[..., None]
     after = p * tf.cast(tf.range(classes) > c, p.dtype)
