@@ -15,6 +15,10 @@ from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form, check_damping, checked
 
 
+# Damping above so much of the trace, times P, leaves nothing singular: no eigenvalue is asked for.
+_CLEARLY = 2**-48
+
+
 class Block:
     """A symmetric positive semi-definite matrix (p, p) of some weights' numbers."""
 
@@ -30,6 +34,10 @@ class Block:
     def of_spectrum(self, function: Any, v: np.ndarray) -> np.ndarray:
         """Return U f(λ) Uᵀ v for v (p, m): a function of the matrix, by its eigenvalues (p,)."""
         raise NotImplementedError
+
+    def solved(self, v: np.ndarray, damping: float) -> np.ndarray:
+        """Return (block + damping·I)⁻¹ v for v (p, m), of a sum that is not singular."""
+        return self.of_spectrum(lambda x: 1 / (np.maximum(x, 0) + damping), v)
 
     def eigenvalues(self) -> np.ndarray:
         """Return all eigenvalues (p,), in no order."""
@@ -70,6 +78,16 @@ class Dense(Block):
     def products(self, v: np.ndarray) -> np.ndarray:
         """Return the block times v (p, m)."""
         return self.matrix @ v
+
+    def solved(self, v: np.ndarray, damping: float) -> np.ndarray:
+        """Return (block + damping·I)⁻¹ v: by Cholesky, while the spectrum is not known yet.
+
+        Of 2,000 numbers that takes a tenth of the time or less.
+        """
+        if "_spectrum" in self.__dict__:
+            return super().solved(v, damping)
+        damped = self.matrix + damping * np.eye(self.size)
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(damped, overwrite_a=True), v)
 
     def of_spectrum(self, function: Any, v: np.ndarray) -> np.ndarray:
         """Return U f(λ) Uᵀ v."""
@@ -228,11 +246,9 @@ class BlockForm(Form):
         return self._each(lambda block, part: block.products(part), v)
 
     def _solved(self, v: np.ndarray, damping: float) -> np.ndarray:
-        checked(self.eigenvalues(), damping)
-        return self._each(
-            lambda block, part: block.of_spectrum(lambda x: 1 / (np.maximum(x, 0) + damping), part),
-            v,
-        )
+        if damping <= self.columns.count * _CLEARLY * self.trace():
+            checked(self.eigenvalues(), damping)
+        return self._each(lambda block, part: block.solved(part, damping), v)
 
     def _spread(self, z: np.ndarray, damping: float) -> np.ndarray:
         checked(self.eigenvalues(), damping)
