@@ -1,0 +1,133 @@
+"""perjac's way to each job."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import serve
+import tensorflow as tf
+from jobs import CLIP, SAMPLES, SIGMA, STEPS
+from keras_net import LOSS, VERSIONS, done, net
+from serve import Way, Ways, Work
+
+import perjac as pj
+
+
+@functools.cache
+def _engine(model) -> pj.Engine:
+    return pj.Engine(model)
+
+
+def weights(work: Work) -> Ways:
+    engine, x = _engine(net(work)), tf.constant(work.x)
+
+    def run():
+        jac = engine.jacobian(x)
+        return done([jac[key] for key in jac])
+
+    return {"": Way(run, _arrays)}
+
+
+def inputs(work: Work) -> Ways:
+    engine, x = _engine(net(work)), tf.constant(work.x)
+    return {"": Way(lambda: done([engine.jacobian(x, wrt="inputs")["inputs"]]), _arrays)}
+
+
+def jacobian_norms(work: Work) -> Ways:
+    engine, x = _engine(net(work)), tf.constant(work.x)
+    return {"": Way(lambda: done([engine.jacobian(x).norms()]), _arrays)}
+
+
+def gradients(work: Work) -> Ways:
+    grads = _gradients(work)
+
+    def run():
+        found = grads()
+        return done([found[key] for key in found])
+
+    return {"": Way(run, _arrays)}
+
+
+def gradient_norms(work: Work) -> Ways:
+    grads = _gradients(work)
+    return {"": Way(lambda: done([grads().norms()]), _arrays)}
+
+
+def clipped_sum(work: Work) -> Ways:
+    grads = _gradients(work)
+    return {"": Way(lambda: done(list(grads().clipped_sum(CLIP).values())), _arrays)}
+
+
+def ggn_diagonal(work: Work) -> Ways:
+    engine = _engine(net(work))
+
+    def canonical(form):
+        keys = form.columns.slices
+        flat = form.diagonal()
+        shapes = [variable.shape for variable in net(work).trainable_variables]
+        return [flat[keys[k]].reshape(s) for k, s in zip(form.keys, shapes, strict=True)]
+
+    return {"": Way(lambda: engine.fisher(work.x).diagonal(), canonical)}
+
+
+def kfac(work: Work) -> Ways:
+    engine = _engine(net(work))
+
+    def canonical(form):
+        shapes = [variable.shape for variable in net(work).trainable_variables]
+        for block, shape in zip(form.blocks.values(), shapes, strict=True):
+            if len(shape) > 1:
+                a, b = block.left[0], block.right[0]
+                yield from (a / np.trace(a), b / np.trace(b), np.trace(a) * np.trace(b))
+
+    return {"": Way(lambda: engine.fisher(work.x).kronecker(), canonical)}
+
+
+def ntk(work: Work) -> Ways:
+    engine, x = _engine(net(work)), tf.constant(work.x)
+    return {"": Way(lambda: done([engine.jacobian(x).gram()]), _arrays)}
+
+
+def integrated_gradients(work: Work) -> Ways:
+    engine = _engine(net(work))
+
+    def run():
+        target = pj.saliency.integrated_gradients(engine, work.x, work.y, baseline=0.0, steps=STEPS)
+        return done([target.values])
+
+    return {"": Way(run, _arrays)}
+
+
+def smoothgrad(work: Work) -> Ways:
+    engine = _engine(net(work))
+
+    def run():
+        found = pj.saliency.smoothgrad(
+            engine, work.x, work.y, samples=SAMPLES, sigma=SIGMA, relative=False
+        )
+        return done([found.values])
+
+    return {"": Way(run, _arrays)}
+
+
+def _gradients(work: Work):
+    engine = _engine(net(work))
+    x, y = tf.constant(work.x), tf.constant(work.y)
+    return lambda: engine.gradients(x, y, loss=LOSS)
+
+
+def _arrays(answer) -> list[np.ndarray]:
+    return [np.asarray(part) for part in answer]
+
+
+JOBS = {
+    job.__name__: job
+    for job in (
+        weights, inputs, jacobian_norms, gradients, gradient_norms, clipped_sum, ggn_diagonal, kfac,
+        ntk, integrated_gradients, smoothgrad,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    serve.serve(JOBS, {"perjac": pj.__version__, **VERSIONS})
