@@ -14,7 +14,6 @@ from perjac.errors import InputError
 from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form, check_damping, checked
 
-
 # Damping above so much of the trace, times P, leaves nothing singular: no eigenvalue is asked for.
 _CLEARLY = 2**-48
 

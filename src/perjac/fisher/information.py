@@ -61,6 +61,7 @@ class Fisher:
         if variance != 1.0 and not root.has_variance:
             raise InputError(f"variance= is of likelihood='gaussian'. Received: {variance!r}.")
         x, y = self._stream.first(_FEW)
+        x = root.engine.traces.prepare(x).packed  # tensors, which need not be made again
         sources = root.prepare(x, y)
         self._few = x
         self._at_once, self._rows_at_once = root.at_once(x)
@@ -111,6 +112,7 @@ class Fisher:
         examples, rows = root.at_once(self._few, formed)
         for start, x, y in self._stream.batches(examples):
             try:
+                x = root.engine.traces.prepare(x).packed
                 yield from root.parts(x, y, start, rows)
             except PerjacError as failure:
                 if start:

@@ -242,21 +242,26 @@ class Root:
         if _OF_LINKS.get(link) in wanted and self.of is None:
             self.of, self._link = "logits", link
         elif self.likelihood in _OF_LINKS.values():
-            self._check_logits(x, link, traced.row_shape(head))
+            self._check_shape(link, traced.row_shape(head))
+            key = ("looks like logits", head, self.likelihood)
+            traced.once(key, lambda: self._check_logits(x))  # says so once
 
-    def _check_logits(self, x: Any, link: str, shape: tuple[int, ...]) -> None:
-        """Raise, or warn, where the output that was asked about is hardly logits."""
+    def _check_shape(self, link: str, shape: tuple[int, ...]) -> None:
+        """Raise where the output that was asked about cannot be logits."""
         if link in _OF_LINKS:
             raise InputError(
                 f"likelihood={self.likelihood!r} is of logits, and the output ends with a {link}. "
                 "Name what comes before it with of=."
             )
-        classes = self.likelihood == "categorical"
-        if classes and (not shape or shape[-1] < 2):
+        if self.likelihood == "categorical" and (not shape or shape[-1] < 2):
             raise InputError(
                 f"likelihood='categorical' needs a logit for each class. The output has shape "
                 f"{('B', *shape)}: for a single one of yes or no choose 'bernoulli'."
             )
+
+    def _check_logits(self, x: Any) -> None:
+        """Warn where the output that was asked about is hardly logits."""
+        classes = self.likelihood == "categorical"
         outputs = np.asarray(self.engine.outputs(x, of=self.of))
         telling = classes or outputs.size >= _TELLING
         if outputs.size and telling and are_probabilities(outputs, classes):
