@@ -17,6 +17,8 @@ from perjac.errors import InputError, NotPositiveError, OutOfRangeError
 from perjac.fisher import BlockForm, Influence
 from perjac.fisher.blocks import Dense
 
+pytestmark = pytest.mark.slow
+
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
 DAMPING = 0.05
 

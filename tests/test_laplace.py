@@ -25,6 +25,8 @@ from perjac.fisher.evidence import Evidence, Fit
 from perjac.fisher.information import Fisher
 from perjac.fisher.laplace import last_layer
 
+pytestmark = pytest.mark.slow
+
 FORMS = ["last_layer", "full", "low_rank", "blocks", "diagonal"]
 KRONECKER = [name for name in ("kronecker", "eigenbasis") if hasattr(Fisher, name)]
 # "final" names the model's last activation; labels are of each kind's shape.

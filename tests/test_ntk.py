@@ -18,6 +18,8 @@ from perjac import progress
 from perjac.errors import FileFormatError, InputError, NotPositiveError, TooLargeError
 from perjac.fisher import NTKRegression, kernel_condition, kernel_eigh, ntk
 
+pytestmark = pytest.mark.slow
+
 RTOL = {"float64": 1e-10, "float32": 1e-4}
 
 
