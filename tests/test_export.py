@@ -49,6 +49,12 @@ def embedded(dtype):
     return keras.Model(ids, layers.Dense(3, dtype=dtype)(layers.Flatten(dtype=dtype)(x)))
 
 
+def recurrent(dtype):
+    ids = keras.Input((5,), dtype="int32")
+    x = layers.GRU(3, return_sequences=True, dtype=dtype)(layers.Embedding(7, 2, dtype=dtype)(ids))
+    return keras.Model(ids, layers.Dense(2, dtype=dtype)(x))  # an output of two axes
+
+
 def batch(model, size=4):
     (spec,) = model.inputs
     shape = (size, *spec.shape[1:])
@@ -64,6 +70,7 @@ CASES = [
     for dtype in ("float32", "float64")
     if (make, job) != (embedded, "inputs") and (dtype == "float32" or job in ("jacobian", "norms"))
 ]  # integers have no derivative
+CASES += [(recurrent, "jacobian", "float64"), (recurrent, "diagonal", "float32")]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_programs_compute_what_the_engine_computes(make, job, dtype, tmp_path):
     found = program(*about)
     scale = max(float(np.abs(rows).max()) for rows in expected.values())
     for key, rows in expected.items():
-        assert found[key].dtype.name == dtype
+        assert (found[key].dtype.name, found[key].shape) == (dtype, tuple(rows.shape))
         error = np.abs(np.asarray(found[key]) - np.asarray(rows)).max() / scale
         assert error < (1e-13 if dtype == "float64" else 2e-6), key
 

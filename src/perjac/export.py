@@ -22,22 +22,28 @@ from perjac.seeds import Seeds
 from perjac.sources import Source
 from perjac.traced import Traced
 
-Question = Callable[[Mapping[str, Factor], Sequence[Source]], dict[str, tf.Tensor]]
+Question = Callable[[Mapping[str, Factor], Sequence[Source], tuple[int, ...]], dict[str, tf.Tensor]]
 
 
-def _rows(factors: Mapping[str, Factor], sources: Sequence[Source]) -> dict[str, tf.Tensor]:
-    return {s.key: tf.cast(factors[s.key].dense(), s.dtype) for s in sources}
+def _rows(
+    factors: Mapping[str, Factor], sources: Sequence[Source], lead: tuple[int, ...]
+) -> dict[str, tf.Tensor]:
+    """Form all rows, (*lead, *shape) by source, lead being (B, *row_shape)."""
+    return {
+        s.key: tf.reshape(tf.cast(factors[s.key].dense(), s.dtype), [*lead, *s.shape])
+        for s in sources
+    }
 
 
-def _gradients(factors: Mapping[str, Factor], sources: Sequence[Source]) -> dict[str, tf.Tensor]:
-    return {key: tf.squeeze(rows, 1) for key, rows in _rows(factors, sources).items()}
+def _norms(
+    factors: Mapping[str, Factor], sources: Sequence[Source], lead: tuple[int, ...]
+) -> dict[str, tf.Tensor]:
+    return {"norms": tf.reshape(grouped_norms(factors, None)[""], lead[:1])}
 
 
-def _norms(factors: Mapping[str, Factor], sources: Sequence[Source]) -> dict[str, tf.Tensor]:
-    return {"norms": grouped_norms(factors, None)[""]}
-
-
-def _diagonal(factors: Mapping[str, Factor], sources: Sequence[Source]) -> dict[str, tf.Tensor]:
+def _diagonal(
+    factors: Mapping[str, Factor], sources: Sequence[Source], lead: tuple[int, ...]
+) -> dict[str, tf.Tensor]:
     return {s.key: tf.cast(factors[s.key].diagonal(), s.dtype) for s in sources}
 
 
@@ -45,7 +51,7 @@ def _diagonal(factors: Mapping[str, Factor], sources: Sequence[Source]) -> dict[
 JOBS: dict[str, tuple[Question, bool]] = {
     "jacobian": (_rows, False),
     "diagonal": (_diagonal, False),
-    "gradients": (_gradients, True),
+    "gradients": (_rows, True),
     "norms": (_norms, True),
 }
 
@@ -102,7 +108,8 @@ def write(
     @tf.function(autograph=False, jit_compile=True)
     def program(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
         output, factors = run(list(tensors), tf.constant(chosen.payload.numpy()))
-        return {"outputs": output} | question(factors, sources)
+        output = tf.reshape(output, [batch.size, *traced.row_shape(head)])
+        return {"outputs": output} | question(factors, sources, (batch.size, *chosen.row_shape))
 
     specs = [tf.TensorSpec(t.shape, t.dtype) for t in batch.tensors]
     concrete = program.get_concrete_function(*specs)
