@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 
 from perjac.errors import InputError
 from perjac.fisher import estimates
-from perjac.fisher.columns import Columns
 from perjac.fisher.estimates import Estimate, SpectralDensity
-from perjac.fisher.form import Form, check_damping
+from perjac.fisher.form import check_damping
 from perjac.fisher.lanczos import conjugate_gradients, inverse_root, largest_of
-from perjac.fisher.products import pulled, pushed
-from perjac.rows import Rows
+from perjac.fisher.of_rows import OfRows
 
 # A solution's residual, relative to what is solved for.
 _RESIDUAL = 1e-10
 
 
-class Implicit(Form):
+class Implicit(OfRows):
     """The exact Fisher information, by products alone.
 
     Products, the trace, the diagonal, solutions and the largest eigenvalues are exact up to
     rounding; what asks for all eigenvalues is estimated, and tells how well.
-
-    Parameters
-    ----------
-    columns : Columns
-        The weights.
-    examples : int
-        N.
-    rows : callable
-        Gives all rows, anew each time.
-    scale : float
-        What GᵀG is multiplied by.
-    reduction : {"mean", "sum"}
-        Whether it was divided by N.
     """
-
-    def __init__(
-        self,
-        columns: Columns,
-        examples: int,
-        rows: Callable[[], Iterable[Rows]],
-        scale: float,
-        reduction: str = "mean",
-    ):
-        super().__init__(columns, examples, reduction)
-        self._rows, self._scale = rows, scale
 
     def trace(self) -> float:
         """Return the sum of the eigenvalues, which is that of the rows' squared norms."""
-        total = sum(np.sum(np.square(np.asarray(rows.norms(), "f8"))) for rows in self._rows())
+        total = sum(np.sum(np.square(np.asarray(rows.norms(), "f8"))) for rows in self._rows)
         return float(self._scale * total)
-
-    def diagonal(self) -> np.ndarray:
-        """Return the diagonal, (P,)."""
-        found = np.zeros(self.columns.count)
-        for rows in self._rows():
-            found += self.columns.flat(rows.diagonal())
-        return self._scale * found
 
     def eigsh(self, k: int = 6) -> tuple[np.ndarray, np.ndarray]:
         """Return the k largest eigenvalues, the largest first, and their vectors, by Lanczos.
@@ -130,12 +95,6 @@ class Implicit(Form):
         """
         check_damping(damping, above=True)
         return super().sample(count, damping, seed)
-
-    def _products(self, v: np.ndarray) -> np.ndarray:
-        found = np.zeros_like(v)
-        for rows in self._rows():
-            found += pulled(rows, pushed(rows, v), self.columns)
-        return self._scale * found
 
     def _solved(self, v: np.ndarray, damping: float) -> np.ndarray:
         return conjugate_gradients(lambda x: self._products(x) + damping * x, v, _RESIDUAL)

@@ -19,6 +19,7 @@ from perjac.fisher.form import Form
 from perjac.fisher.implicit import Implicit
 from perjac.fisher.kronecker import APPROXIMATIONS, Kronecker, eigenbasis_blocks, kronecker_blocks
 from perjac.fisher.low_rank import LowRank
+from perjac.fisher.of_rows import Passes
 from perjac.fisher.products import row_count, second_moment
 from perjac.fisher.root import Root
 from perjac.fisher.stream import Stream
@@ -299,7 +300,7 @@ class Fisher:
             if size > limit:
                 held = None
                 break
-        again = self._wide_rows if held is None else (lambda: held)
+        again = Passes(self._wide_rows) if held is None else held
         return Implicit(self.columns, self.examples, again, self._scale, self.reduction)
 
     # Questions about the exact matrix, answered by the form that is cheapest

@@ -3,70 +3,48 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
 
 from perjac.errors import InputError, NotPositiveError
-from perjac.fisher.columns import Columns
-from perjac.fisher.form import Form, check_damping
+from perjac.fisher.form import check_damping
+from perjac.fisher.of_rows import OfRows
 from perjac.fisher.products import pulled, pushed, row_count
-from perjac.rows import Rows
 
 # Eigenvalues of the Gram matrix below so much of the largest are its rounding, in float64.
 _NOTHING = 1e-13
 
 
-class LowRank(Form):
+class LowRank(OfRows):
     """The exact Fisher information, with nothing of size (P, P) formed.
 
     With G (M, P) the rows and G Gᵀ = U diag(μ) Uᵀ their Gram matrix, F has the eigenvalues
     scale·μ, the vectors Gᵀ U / √μ, and P - M zeros.
-
-    Parameters
-    ----------
-    columns : Columns
-        The weights.
-    examples : int
-        N.
-    rows : sequence of Rows
-        All of them.
-    scale : float
-        What GᵀG is multiplied by.
-    reduction : {"mean", "sum"}
-        Whether it was divided by N.
     """
-
-    def __init__(
-        self,
-        columns: Columns,
-        examples: int,
-        rows: Sequence[Rows],
-        scale: float,
-        reduction: str = "mean",
-    ):
-        super().__init__(columns, examples, reduction)
-        self._rows, self._scale = list(rows), scale
-        self._counts = [row_count(part) for part in self._rows]
 
     @functools.cached_property
     def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
         """The nonzero eigenvalues of F, and the Gram matrix's vectors for them, (M, r)."""
-        ends = np.cumsum([0, *self._counts])
+        counts = self._counts
+        ends = np.cumsum([0, *counts])
         gram = np.empty((ends[-1], ends[-1]))
         for i, mine in enumerate(self._rows):
-            for j, theirs in enumerate(self._rows[: i + 1]):
-                block = np.asarray(mine.gram(theirs), "f8").reshape(
-                    self._counts[i], self._counts[j]
-                )
+            for j, theirs in enumerate(itertools.islice(self._rows, i + 1)):
+                block = np.asarray(mine.gram(theirs), "f8").reshape(counts[i], counts[j])
                 here, there = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
                 gram[here, there], gram[there, here] = block, block.T
         values, vectors = scipy.linalg.eigh(gram, overwrite_a=True)
         rounding = max(_NOTHING, len(values) * np.finfo("f8").eps)
         kept = values > rounding * max(values.max(initial=0), np.finfo("f8").tiny)
         return self._scale * values[kept], vectors[:, kept]
+
+    @property
+    def _counts(self) -> list[int]:
+        """How many rows each part has."""
+        return [row_count(part) for part in self._rows]
 
     @property
     def rank(self) -> int:
@@ -124,13 +102,6 @@ class LowRank(Form):
         found = self._pulled(vectors[:, chosen])
         return values[chosen], found / np.linalg.norm(found, axis=0)
 
-    def diagonal(self) -> np.ndarray:
-        """Return the diagonal, (P,)."""
-        found = np.zeros(self.columns.count)
-        for rows in self._rows:
-            found += self.columns.flat(rows.diagonal())
-        return self._scale * found
-
     def _zeros(self, damping: float) -> int:
         """Return how many eigenvalues are zero; raise if some are and damping is too."""
         zeros = self.columns.count - self.rank
@@ -152,9 +123,6 @@ class LowRank(Form):
         for n, rows in enumerate(self._rows):
             found += pulled(rows, u[ends[n] : ends[n + 1]], self.columns)
         return found
-
-    def _products(self, v: np.ndarray) -> np.ndarray:
-        return self._scale * self._pulled(self._pushed(v))
 
     def _along(self, v: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return Σ_i weights_i λ_i w_i w_iᵀ v, λ and w of F's nonzero eigenvalues.
