@@ -90,6 +90,15 @@ def _transformer() -> Any:
     return keras.Model(ids, layers.Dense(10)(layers.GlobalAveragePooling1D()(x)))
 
 
+def _resnet50() -> Any:
+    """ResNet50 for ten classes at 64×64: 23.5 million weights."""
+    import keras
+
+    return keras.applications.ResNet50(
+        weights=None, input_shape=(64, 64, 3), classes=10, classifier_activation=None
+    )
+
+
 def _lstm() -> Any:
     """One LSTM of 64 over 50 steps of 32 numbers: Keras runs it as a while loop."""
     import keras
@@ -123,6 +132,7 @@ MODELS = {
     "transformer": Model(
         (128,), build=_transformer, examples=16, jobs=("weights", *_GRADIENTS), tokens=1000
     ),
+    "resnet50": Model((64, 64, 3), build=_resnet50, examples=8, jobs=("inputs", *_GRADIENTS)),
     "lstm": Model((50, 32), build=_lstm, examples=32, jobs=("inputs", *_GRADIENTS)),
     # For the harness's own tests.
     "tiny": Model((6,), (("dense", 5), ("tanh",), ("dense", 3)), examples=4),

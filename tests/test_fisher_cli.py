@@ -433,30 +433,28 @@ def test_labels_that_nothing_needs_are_left_out_aloud(folder, truth, capfd):
 
 
 def test_an_interrupted_run_leaves_what_was_there(folder, capfd, monkeypatch):
-    from perjac.rows import Rows
-
-    whole = Rows.diagonal
+    whole = pj.Engine.summed
     calls = []
 
-    def interrupted(rows):
-        calls.append(rows)
+    def interrupted(engine, *asked, **named):
+        calls.append(asked)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return whole(rows)
+        return whole(engine, *asked, **named)
 
     monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)  # an example at a time
     (folder / "cut").mkdir()
     out = folder / "cut" / "form.npz"
     arguments = ["fisher", folder / "model.keras", folder / "x.npy", "-o", out]
     for before in ([], ["form.npz"]):
-        monkeypatch.setattr(Rows, "diagonal", interrupted)
+        monkeypatch.setattr(pj.Engine, "summed", interrupted)
         calls.clear()
         held = out.read_bytes() if before else b""
         status, _, complaint = run(capfd, *arguments)
         assert (status, complaint) == (130, f"Interrupted. Nothing is written to {out}.\n")
         assert len(calls) == 3
         assert [path.name for path in out.parent.iterdir()] == before
-        monkeypatch.setattr(Rows, "diagonal", whole)
+        monkeypatch.setattr(pj.Engine, "summed", whole)
         if before:
             assert out.read_bytes() == held
         assert run(capfd, *arguments)[0] == 0

@@ -350,11 +350,11 @@ def test_recurrent_kernels_expand_over_time():
 
 
 def test_long_sides_keep_their_diagonal(monkeypatch):
+    whole = form("dense", "categorical", "expand", "kronecker")
     monkeypatch.setattr(kronecker, "_LONGEST", 4)
     found = fisher("dense", "categorical")
     with pytest.warns(PerjacWarning, match="only the diagonal of sides longer than 4"):
         kfac = found.kronecker()
-    whole = form("dense", "categorical", "expand", "kronecker")
     for keys, block in kfac.blocks.items():
         full = whole.blocks[keys]
         for side, other in ((block.left, full.left), (block.right, full.right)):

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
 from perjac.errors import check_one_of
-from perjac.factors import Factor
 from perjac.fisher import Fisher
 from perjac.fisher.root import Root
 from perjac.gradients import Gradients
@@ -17,6 +16,7 @@ from perjac.jacobian import Jacobian
 from perjac.losses import Objective
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
+from perjac.questions import THEMSELVES, Question
 from perjac.sources import Source
 from perjac.traced import NotForXla, Traced
 from perjac.traces import Traces
@@ -251,10 +251,7 @@ class Engine(Trust):
         (TensorShape([5]), TensorShape([4, 3]))
         """
         objective = self._objectives.of(loss, loss_weights, class_weight)
-        given = self.traces.prepare(x)
-        wide = at_least_float32(self.traces.floating)
-        batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
-        self._objectives.check(objective, given, batch, self._outputs)
+        batch = self._labelled(x, y, objective, sample_weight)
         losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
         return Gradients(
             factors,
@@ -338,10 +335,49 @@ class Engine(Trust):
         how = Root(self, kind, likelihood, known_variance, loss, samples, seed, wrt, of)  # type: ignore[arg-type]
         return Fisher(how, data, reduction, variance)
 
+    def summed(
+        self, question: Question, x: Any, *, wrt: Any = "weights", of: Any = None, **asked: Any
+    ) -> dict[str, Any]:
+        """Return what a question makes of each weight's rows, which are not kept.
+
+        The question is answered in the program that sweeps: one call, and nothing traced anew for
+        another batch size.
+
+        Parameters
+        ----------
+        question : Question
+            One of `perjac.questions`.
+        x : as in `jacobian`
+            A batch.
+        wrt, of : as in `jacobian`
+            The weights, and the output.
+        **asked : as in `jacobian`
+            `outputs=` or `cotangents=`; or, for the rows of `gradients`, `y=` and `loss=`.
+        """
+        if "y" not in asked:
+            return self._derived(self.traces.prepare(x), None, of, wrt, question, **asked)[1]
+        objective = self._objectives.of(asked["loss"], None, None)
+        batch = self._labelled(x, asked["y"], objective, None)
+        return self._derived(batch, objective, None, wrt, question)[1]
+
+    def _labelled(self, x: Any, y: Any, objective: Objective, sample_weight: Any) -> inputs.Batch:
+        """Return a batch of examples with their labels."""
+        given = self.traces.prepare(x)
+        wide = at_least_float32(self.traces.floating)
+        batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
+        self._objectives.check(objective, given, batch, self._outputs)
+        return batch
+
     def _derived(
-        self, batch: inputs.Batch, objective: Objective | None, of: Any, wrt: Any, **asked: Any
-    ) -> tuple[tf.Tensor, dict[str, Factor], list[Source], tuple[int, ...]]:
-        """Return (outputs, factors, sources, row shape) of a head, or of the loss."""
+        self,
+        batch: inputs.Batch,
+        objective: Objective | None,
+        of: Any,
+        wrt: Any,
+        question: Question = THEMSELVES,
+        **asked: Any,
+    ) -> tuple[tf.Tensor, dict[str, Any], list[Source], tuple[int, ...]]:
+        """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
         traced, names = self.traces.of(batch, objective)
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
@@ -352,11 +388,13 @@ class Engine(Trust):
             asked.get("outputs"), asked.get("cotangents"), batch.size, traced.row_shape(head), dtype
         )
         try:
-            result, factors = traced.factors(head, sources, batch, chosen, self.memory_limit)
+            result, answers = traced.answers(
+                head, sources, batch, chosen, self.memory_limit, question
+            )
         except NotForXla:
             self.traces.without_xla()
-            return self._derived(batch, objective, of, wrt, **asked)
-        return result, factors, sources, chosen.row_shape
+            return self._derived(batch, objective, of, wrt, question, **asked)
+        return result, answers, sources, chosen.row_shape
 
     def outputs(self, x: Any, *, of: Any = None) -> tf.Tensor:
         """Return the model's outputs, (B, *output_shape).

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from perjac.errors import InputError, check_one_of
 from perjac.factors import Factor, Lookup
-from perjac.rows import Factors, Rows, group_of, grouped_norms, norms, query, weighted_sum
+from perjac.questions import Factors, query
+from perjac.rows import Rows, group_of, grouped_norms, norms, weighted_sum
 from perjac.shapes import known
 from perjac.sources import Source, Weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ class Batch:
         """Shapes with the batch unknown, and dtypes."""
         return [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in self.tensors]
 
-    @property
+    @functools.cached_property
     def signature(self) -> tuple:
         """What a trace depends on."""
         return repr(self.structure), tuple((tuple(s.shape), s.dtype.name) for s in self.specs)
@@ -218,6 +219,8 @@ def prepare(
     InputError
         Where structure, shape or type do not fit.
     """
+    if isinstance(x, Batch):  # which was prepared before
+        return x
     if isinstance(x, Call):
         alone = len(x.positional) == 1
         first = prepare(x.positional[0] if alone else x.positional, expected, dtype)

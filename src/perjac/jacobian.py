@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from perjac.errors import check_one_of
 from perjac.factors import Factor
-from perjac.rows import Rows, norms, query
+from perjac.questions import query
+from perjac.rows import Rows, norms
 from perjac.shapes import known
 from perjac.sources import Source, Weights
 

@@ -59,6 +59,7 @@ class Names:
         self._program, self._weights, self._inputs = program, weights, list(inputs)
         inside = host.operations_within(model) if host.is_layer(model) else []
         self._layers = [layer for layer in inside if host.is_layer(layer)]
+        self._found: dict[str, list[Source]] = {}
 
     def head(self, of: Any) -> str:
         """Return the tensor that `of` names: a head, or a hidden layer's output.
@@ -91,11 +92,16 @@ class Names:
         InputError
             If it is nothing that can be named.
         """
+        if isinstance(wrt, str) and wrt in self._found:
+            return list(self._found[wrt])
         asked = wrt if isinstance(wrt, (list, tuple)) else [wrt]
         found = [source for one in asked for source in self._one(one)]
         if not found:
             raise InputError("Expected wrt= to name something. Received: an empty list.")
-        return list(dict.fromkeys(found))
+        found = list(dict.fromkeys(found))
+        if isinstance(wrt, str):
+            self._found[wrt] = list(found)
+        return found
 
     def _one(self, wrt: Any) -> list[Source]:
         weights = self._weights

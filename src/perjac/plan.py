@@ -18,6 +18,7 @@ from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.independence import Order
 from perjac.layout import Relabelling
+from perjac.questions import THEMSELVES, Question
 from perjac.roots import ROOTS
 from perjac.seeds import row
 from perjac.shapes import known
@@ -198,7 +199,7 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
 
 
 class Job:
-    """One compiled way from inputs and seeds to factors.
+    """One compiled way from inputs and seeds to factors, or to what is asked of them.
 
     Parameters
     ----------
@@ -222,6 +223,8 @@ class Job:
         Whether XLA compiles it, anew for each batch size.
     compact : bool
         Whether factors become rows where those are smaller; their two sides are lost with it.
+    question : Question
+        What is asked of the factors, and given in their place.
     """
 
     def __init__(
@@ -236,8 +239,10 @@ class Job:
         dtype: tf.DType,
         jit: bool,
         compact: bool = True,
+        question: Question = THEMSELVES,
     ):
         self._order, self._dtype, self._compact = order, dtype, compact
+        self._question = question
         self._program, self._head, self._tensors = program, head, dict(tensors)
         (self._kind, self._count), self._chunk = signature, chunk
         self._wanted = {d.source.index: d.source for d in decisions}
@@ -258,7 +263,7 @@ class Job:
         return [program.specs, payload]
 
     def body(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
-        """Return (output, {key: factor}, finite inputs, finite variables)."""
+        """Return (output, the answers by key, finite inputs, finite variables)."""
         program = self._program
         numbers = sorted(set(program.reads.values()) | set(self._wanted))
         values = {
@@ -290,7 +295,8 @@ class Job:
             if delta is not None
         }
         factors |= self._weights(bound, swept[len(targets) :], values)
-        return output, factors, _finite(inputs), _finite(list(values.values()))
+        answers = self._question(factors)
+        return output, answers, _finite(inputs), _finite(list(values.values()))
 
     def _weights(
         self,

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import tensorflow as tf
 
-from perjac import host, memory, sketch
+from perjac import memory, sketch
 from perjac.combination import held_in
 from perjac.errors import InputError, UnknownNameError, check_counts, check_one_of, nearest
 from perjac.explanation import Explanation
-from perjac.factors import Explicit, Factor, Moments
-from perjac.layout import Relabelling
+from perjac.factors import Explicit, Factor
+from perjac.questions import Factors, Squares, query
 from perjac.sources import ByKey, Source, Weights, is_variable, match
 
-Factors = Mapping[str, Factor]
 _QUERIES = (
     "norms", "gram", "cosine_similarity", "jvp", "vjp", "diagonal", "project", "mean", "variance",
     "snr", "clipped_sum",
@@ -197,22 +195,7 @@ class Rows(Mapping):
 
     def diagonal(self) -> dict[str, tf.Tensor]:
         """Return Σ over examples and rows of the squares, by key, each of its source's shape."""
-        return self._ordered(query(_squares)(self._factors))
-
-    def moments(self, reduce: bool, most: int) -> dict[str, Moments]:
-        """Return Σ over examples and rows of both sides' outer products, by key.
-
-        Each weight is read as matrices (G, I, O) by `readings`.
-
-        Parameters
-        ----------
-        reduce : bool
-            Whether positions are brought together before the products.
-        most : int
-            A side longer than that is summed on its diagonal alone.
-        """
-        found = query(_moments, reduce=reduce, most=most)(self._factors)
-        return {key: Moments(*found[key]) for key in self._sources}
+        return self._ordered(query(Squares())(self._factors))
 
     def squares_along(self, bases: Mapping[str, Mapping[str, tf.Tensor]]) -> dict[str, tf.Tensor]:
         """Return Σ over examples and rows of (Uᵀ J V)², by key, (G, I, O).
@@ -229,11 +212,6 @@ class Rows(Mapping):
     def held(self) -> tf.DType:
         """The type that factors are held in, and sums over them formed in."""
         return self._held
-
-    @property
-    def readings(self) -> dict[str, Relabelling]:
-        """How each weight becomes matrices (G, I, O), as it meets the data."""
-        return {key: self._factors[key].reading for key in self._sources}
 
     def project(self, dim: int, seed: int = 0, kind: str = "gaussian") -> tf.Tensor:
         """Return random projections of the rows, (*lead, dim), that keep inner products.
@@ -359,13 +337,6 @@ class Rows(Mapping):
         )  # fmt: skip
 
 
-@functools.cache
-def query(question: Callable[..., Any], jit: bool = False, **options: Any) -> Callable[..., Any]:
-    """Return a question, a function of {key: factor} and more, as one compiled whole."""
-    # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
-    return host.compiled(functools.partial(question, **options), jit_compile=jit or None)
-
-
 def lengths(factors: Factors) -> tf.Tensor:
     """Return the norm of every row, (B, K)."""
     return tf.sqrt(tf.add_n([factor.squared_norms() for factor in factors.values()]))
@@ -408,14 +379,6 @@ def _gram(factors: Factors, others: Factors | None = None) -> tf.Tensor:
 
 def _along(factors: Factors, directions: Mapping[str, tf.Tensor]) -> tf.Tensor:
     return tf.add_n([factor.jvp(directions[key]) for key, factor in factors.items()])
-
-
-def _squares(factors: Factors) -> dict[str, tf.Tensor]:
-    return {key: factor.diagonal() for key, factor in factors.items()}
-
-
-def _moments(factors: Factors, reduce: bool, most: int) -> dict[str, tuple]:
-    return {key: tuple(factor.moments(reduce, most)) for key, factor in factors.items()}
 
 
 def _squares_along(factors: Factors, bases: Mapping[str, Any]) -> dict[str, tf.Tensor]:

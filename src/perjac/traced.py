@@ -24,6 +24,7 @@ from perjac.inputs import Batch
 from perjac.layout import Relabelling
 from perjac.normalise import flatten
 from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
+from perjac.questions import THEMSELVES, Question, query
 from perjac.seeds import Seeds
 from perjac.shapes import size
 from perjac.sources import Source
@@ -187,15 +188,16 @@ class Traced:
         job = self._job(head, [], {}, ("all", 1), 1, tf.float32)
         return job.run(batch.tensors, tf.zeros([0], tf.int32))[0]
 
-    def factors(
+    def answers(
         self,
         head: str,
         sources: Sequence[Source],
         batch: Batch,
         chosen: Seeds,
         memory_limit: int | str | None,
-    ) -> tuple[tf.Tensor, dict[str, Factor]]:
-        """Return the output and each source's factor.
+        question: Question = THEMSELVES,
+    ) -> tuple[tf.Tensor, dict[str, Any]]:
+        """Return the output, and the answer of each source's factor: by default the factor itself.
 
         Raises
         ------
@@ -212,7 +214,7 @@ class Traced:
         dtype = held_in([s.dtype for s in sources])
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
         if batch.size == 0 or chosen.count == 0:
-            return self.outputs(head, batch), {s.key: nothing(s) for s in sources}
+            return self.outputs(head, batch), question({s.key: nothing(s) for s in sources})
         weights = [s for s in sources if s.kind == "weight"]
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
@@ -221,8 +223,14 @@ class Traced:
         if self._why_tape(head):
             taped, others = list(sources), []
         try:
-            result, factors, fine, fine_variables = self._sweep(
-                head, [d for d in decisions if d.path == "factored"], others, batch, chosen, dtype
+            result, answers, fine, fine_variables = self._sweep(
+                head,
+                [d for d in decisions if d.path == "factored"],
+                others,
+                batch,
+                chosen,
+                dtype,
+                question,
             )
         except (NotForXla, tf.errors.ResourceExhaustedError):
             raise
@@ -230,20 +238,23 @@ class Traced:
             if self._path == "factored" or taped == list(sources):
                 raise
             self._give_up(head, failure)
-            return self.factors(head, sources, batch, chosen, memory_limit)
+            return self.answers(head, sources, batch, chosen, memory_limit, question)
         batch.check_finite(fine.numpy())
-        self._check_variables(bool(tf.reduce_all(fine_variables)))
+        self._check_variables(bool(fine_variables.numpy().all()))
         lost: set[Source] = set()
         if taped:
             tape = self._tape(head, taped, chosen.kind)
-            for source, rows in zip(taped, tape(batch.tensors, chosen), strict=True):
-                explicit = Explicit(Relabelling.of(source.shape), rows)
-                factors[source.key] = explicit.cast(dtype)
+            explicit = {
+                source.key: Explicit(Relabelling.of(source.shape), rows).cast(dtype)
+                for source, rows in zip(taped, tape(batch.tensors, chosen), strict=True)
+            }
+            answers |= query(question)(explicit)
             lost = tape.disconnected
-        missing = [s for s in sources if s in lost or s.key not in factors]
+        missing = [s for s in sources if s in lost or s.key not in answers]
         if missing:
             _warn_disconnected(self.program.called(head), missing)
-        return result, {s.key: factors.get(s.key) or nothing(s) for s in sources}
+            answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
+        return result, {s.key: answers[s.key] for s in sources}
 
     def body(
         self, head: str, sources: Sequence[Source], batch: Batch, chosen: Seeds
@@ -286,24 +297,29 @@ class Traced:
         batch: Batch,
         chosen: Seeds,
         dtype: tf.DType,
+        question: Question,
     ) -> tuple:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
+        blocks = list(chosen.blocks(rows_at_once(self.program, chosen.count)))
+        asked = question if len(blocks) == 1 else THEMSELVES
         answers = []
-        for block in chosen.blocks(rows_at_once(self.program, chosen.count)):
+        for block in blocks:
             chunk = self.once(
                 ("chunk", head, block.count, batch.size),
                 functools.partial(chunk_of, self.program, head, block.count, batch.size),
             )
-            job = self._job(head, decisions, tensors, block.signature, chunk, dtype)
+            job = self._job(head, decisions, tensors, block.signature, chunk, dtype, asked)
             try:
                 answers.append(job.run(batch.tensors, block.payload))
             except tf.errors.OpError as failure:
                 if not self._jit:
                     raise
                 raise NotForXla from failure
-        result, _, *fine = answers[0]
-        return result, join_rows([factors for _, factors, *_ in answers]), *fine
+        result, found, *fine = answers[0]
+        if len(blocks) > 1:
+            found = query(question)(join_rows([factors for _, factors, *_ in answers]))
+        return result, found, *fine
 
     def _job(
         self,
@@ -313,12 +329,15 @@ class Traced:
         signature: tuple[str, int],
         chunk: int,
         dtype: tf.DType,
+        question: Question = THEMSELVES,
     ) -> Job:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
         how = (signature, chunk, self._order, dtype, self._jit and any(wanted))
         return self.once(
-            ("job", head, wanted, *how),
-            lambda: Job(self.program, head, decisions, tensors, *how, compact=self._compact),
+            ("job", head, wanted, *how, question),
+            lambda: Job(
+                self.program, head, decisions, tensors, *how, self._compact, question=question
+            ),
         )
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:

@@ -112,14 +112,20 @@ class Dense(Block):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagonal(Block):
-    """A block that is zero beside its diagonal."""
+    """A block that is zero beside its diagonal: `scale` times `numbers`, in any shape and type."""
 
-    entries: np.ndarray
+    numbers: np.ndarray
+    scale: float = 1.0
+
+    @functools.cached_property
+    def entries(self) -> np.ndarray:
+        """The diagonal (p,), in float64: made when it is first asked for."""
+        return np.multiply(np.ravel(self.numbers), self.scale, dtype="f8")
 
     @property
     def size(self) -> int:
         """p."""
-        return len(self.entries)
+        return self.numbers.size
 
     def products(self, v: np.ndarray) -> np.ndarray:
         """Return the block times v (p, m)."""

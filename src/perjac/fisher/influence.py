@@ -282,7 +282,8 @@ class Influence:
         self, newton: bool, wanted: set[int]
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Give numbers of some examples, and by how much the weights change without, (P, n)."""
-        own = self._root.row_count(self._stream.first()[0]) if newton else 0
+        first = self._engine.traces.prepare(self._stream.first()[0])
+        own = self._root.row_count(first) if newton else 0
         for start, gradients, pair in self._each_gradient(self._stream, 1 + own, wanted):
             here = [n for n in range(len(gradients)) if start + n in wanted]
             moved = self._solved(gradients[here].T)
@@ -308,9 +309,10 @@ class Influence:
 
     def _rows(self, start: int, x: Any, y: Any) -> np.ndarray:
         """Return the rows of the curvature of a block of examples, (m, K, P)."""
+        given = self._engine.traces.prepare(x)
         parts = [
             np.asarray(rows.matrix(), "f8")
-            for rows in self._root.parts(x, y, start, self._root.row_count(x))
+            for rows in self._root.parts(given, y, start, self._root.row_count(given))
         ]
         return np.concatenate(parts, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,19 @@ from perjac.fisher.blocks import Block, BlockForm, Dense, Diagonal
 from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form
 from perjac.fisher.implicit import Implicit
-from perjac.fisher.kronecker import APPROXIMATIONS, Kronecker, eigenbasis_blocks, kronecker_blocks
+from perjac.fisher.kronecker import (
+    APPROXIMATIONS,
+    Kronecker,
+    asked,
+    eigenbasis_blocks,
+    kronecker_blocks,
+)
 from perjac.fisher.low_rank import LowRank
 from perjac.fisher.of_rows import Passes
 from perjac.fisher.products import row_count, second_moment
 from perjac.fisher.root import Root
 from perjac.fisher.stream import Stream
+from perjac.questions import Question, Squares
 from perjac.rows import Rows
 
 _REDUCTIONS = ("mean", "sum")
@@ -62,10 +69,8 @@ class Fisher:
         if variance != 1.0 and not root.has_variance:
             raise InputError(f"variance= is of likelihood='gaussian'. Received: {variance!r}.")
         x, y = self._stream.first(_FEW)
-        x = root.engine.traces.prepare(x).packed  # tensors, which need not be made again
-        sources = root.prepare(x, y)
-        self._few = x
-        self._at_once, self._rows_at_once = root.at_once(x)
+        self._few = root.engine.traces.prepare(x)
+        sources = root.prepare(self._few, y)
         self.columns = Columns(tuple(s.key for s in sources), tuple(s.shape for s in sources))
         if variance == "fitted":
             root.variance = self._residual_variance()
@@ -107,14 +112,19 @@ class Fisher:
         formed : int
             Bytes that are made of each row, besides what it is held in.
         """
-        return self._rows_of(self._root, formed)
+        examples, most = self._root.at_once(self._few, formed)
+        return self._passed(self._root.parts, examples, most)
 
-    def _rows_of(self, root: Root, formed: int = 0) -> Iterator[Rows]:
-        examples, rows = root.at_once(self._few, formed)
+    def _answers(self, root: Root, question: Question) -> Iterator[dict[str, Any]]:
+        """Give what a question makes of the rows of each batch, by key."""
+        ask = functools.partial(root.answers, question)
+        return self._passed(ask, *root.at_once(self._few))
+
+    def _passed(self, ask: Callable[..., Iterator[Any]], examples: int, most: int) -> Iterator[Any]:
+        """Give what is asked of each batch, at most so many examples and rows at a time."""
         for start, x, y in self._stream.batches(examples):
             try:
-                x = root.engine.traces.prepare(x).packed
-                yield from root.parts(x, y, start, rows)
+                yield from ask(self._root.engine.traces.prepare(x), y, start, most)
             except PerjacError as failure:
                 if start:
                     failure.add_note(f"Examples are counted from number {start}.")
@@ -167,12 +177,10 @@ class Fisher:
     def diagonal(self) -> BlockForm:
         """Return the diagonal, without forming the rest."""
         totals: dict[str, np.ndarray] = {}
-        for rows in self.rows():
-            for key, squares in rows.diagonal().items():
-                _add(totals, key, squares)
-        for total in totals.values():
-            total *= self._scale
-        return self._form({(key,): Diagonal(np.ravel(total)) for key, total in totals.items()})
+        for squares in self._answers(self._root, Squares()):
+            for key, part in squares.items():
+                _add(totals, key, np.asarray(part))
+        return self._form({(k,): Diagonal(total, self._scale) for k, total in totals.items()})
 
     def kronecker(self, approximation: str = "expand") -> BlockForm:
         """Return KFAC: for each weight a block A ⊗ B, of what comes in and what goes back.
@@ -271,7 +279,9 @@ class Fisher:
         """
         check_one_of(approximation, APPROXIMATIONS, "approximation")
         blocks = self._kronecker(approximation)
-        return self._form(eigenbasis_blocks(self._sided(), blocks, self._scale))
+        root = self._sided()
+        rows = self._passed(root.parts, *root.at_once(self._few))
+        return self._form(eigenbasis_blocks(rows, blocks, self._scale))
 
     def low_rank(self) -> LowRank:
         """Return F by the Gram matrix of its N·K rows: exact, and small where N·K is below P.
@@ -365,14 +375,14 @@ class Fisher:
         return BlockForm(self.columns, self.examples, blocks, self.reduction)
 
     def _kronecker(self, approximation: str) -> dict[tuple[str, ...], Kronecker]:
-        limit, reduce = self._root.engine.memory_limit, approximation == "reduce"
-        return kronecker_blocks(self._sided(), reduce, self._scale, limit)
+        moments = self._answers(self._sided(), asked(approximation))
+        return kronecker_blocks(moments, self._scale, self._root.engine.memory_limit)
 
-    def _sided(self) -> Iterator[Rows]:
-        """Give the rows as `rows` does, of factors that keep their sides a and δ."""
+    def _sided(self) -> Root:
+        """Return what makes the rows, of factors that keep their sides a and δ."""
         engine = copy.copy(self._root.engine)
         engine.traces = engine.traces.uncompacted
-        return self._rows_of(dataclasses.replace(self._root, engine=engine))
+        return dataclasses.replace(self._root, engine=engine)
 
     def _held(self) -> list[Rows]:
         held: list[Rows] = []
@@ -394,7 +404,7 @@ class Fisher:
     def _residual_variance(self) -> float:
         """The mean of (y - f)², over all examples and outputs."""
         total, count = 0.0, 0
-        for start, x, y in self._stream.batches(self._at_once):
+        for start, x, y in self._stream.batches(self._root.at_once(self._few)[0]):
             if y is None:
                 raise InputError("variance='fitted' needs labels: give data as (x, y).")
             f = np.asarray(self._root.engine.outputs(x, of=self._root.of), "f8")
@@ -410,9 +420,11 @@ class Fisher:
         return total / count
 
 
-def _add(totals: dict[str, np.ndarray], key: str, part: Any) -> None:
-    """Add to a total in float64, which the first part becomes: memory is slow where it is fresh."""
-    if key in totals:
-        totals[key] += np.asarray(part)
+def _add(totals: dict[str, np.ndarray], key: str, part: np.ndarray) -> None:
+    """Add to a total in float64. The first part is kept as it is: often there is no other."""
+    if key not in totals:
+        totals[key] = part
+    elif totals[key].dtype == np.float64 and totals[key].flags.writeable:
+        totals[key] += part
     else:
-        totals[key] = np.array(part, "f8")
+        totals[key] = np.add(totals[key], part, dtype="f8")

@@ -19,7 +19,9 @@ from perjac import memory
 from perjac.errors import InputError, PerjacWarning, warn
 from perjac.fisher.blocks import Block
 from perjac.layout import Relabelling
+from perjac.questions import SideMoments, Sides
 from perjac.rows import Rows
+from perjac.shapes import known
 
 APPROXIMATIONS = ("expand", "reduce")
 # Sides longer than that are kept as diagonals: 8,192² numbers are 0.5 GiB, and their eigenvectors
@@ -175,17 +177,20 @@ class Eigenbasis(Block):
         return _vectors(_between(self.left, x, _turned(self.right)), self.order)
 
 
+def asked(approximation: str) -> SideMoments:
+    """Return what `kronecker_blocks` is made of, as a question about rows."""
+    return SideMoments(approximation == "reduce", _LONGEST)
+
+
 def kronecker_blocks(
-    parts: Iterable[Rows], reduce: bool, scale: float, memory_limit: int | str | None
+    parts: Iterable[Mapping[str, Sides]], scale: float, memory_limit: int | str | None
 ) -> dict[tuple[str, ...], Kronecker]:
     """Return KFAC's block of each weight.
 
     Parameters
     ----------
-    parts : iterable of Rows
-        All rows of a square root, as `Fisher.rows` gives them.
-    reduce : bool
-        Whether positions are brought together before the products.
+    parts : iterable of mapping of str to Sides
+        The answers to `asked` of all rows of a square root.
     scale : float
         What Σ rowᵀ row is multiplied by.
     memory_limit : int, str or None
@@ -203,18 +208,19 @@ def kronecker_blocks(
     """
     totals: dict[str, list[np.ndarray]] = {}
     layouts: dict[str, Relabelling] = {}
-    for rows in parts:
-        found = rows.moments(reduce, _LONGEST)
+    for found in parts:
+        readings = {key: sides.reading for key, sides in found.items()}
+        moments = {key: (s.left, s.right, s.count) for key, s in found.items()}
         if not totals:
-            layouts = rows.readings
-            _check_sides(found, layouts, memory_limit)
-            totals = {key: [np.array(part, "f8") for part in found[key]] for key in found}
+            layouts = readings
+            _check_sides(found, memory_limit)
+            totals = {k: [np.array(part, "f8") for part in three] for k, three in moments.items()}
             continue
-        if layouts != rows.readings:
+        if layouts != readings:
             raise InputError("The weights meet the data in another way in a later batch. Give "
                              "batches of examples of one shape.")  # fmt: skip
         for key, sums in totals.items():
-            for total, part in zip(sums, found[key], strict=True):
+            for total, part in zip(sums, moments[key], strict=True):
                 total += np.asarray(part)
     blocks = {}
     for key, (left, right, count) in totals.items():
@@ -257,20 +263,18 @@ def _as_tensors(basis: Eigenbasis, dtype: tf.DType) -> dict[str, tf.Tensor]:
     return {name: tf.cast(side, dtype) for name, side in sides.items() if side is not None}
 
 
-def _check_sides(
-    found: Mapping[str, Any], layouts: Mapping[str, Relabelling], memory_limit: int | str | None
-) -> None:
+def _check_sides(found: Mapping[str, Sides], memory_limit: int | str | None) -> None:
     """Raise where the sides are too large, and warn where only a diagonal of one is kept."""
-    sides = {key: (moments.left, moments.right) for key, moments in found.items()}
+    sides = {key: (both.left, both.right) for key, both in found.items()}
     numbers = sum(2 * side.shape.num_elements() for pair in sides.values() for side in pair)
     memory.check(
         8 * numbers, memory_limit, "KFAC's sides and their eigenvectors",
         "Choose diagonal(), or fewer weights with wrt=.",
     )  # fmt: skip
     long = [
-        f"{key!r} as {layouts[key].target}"
+        f"{key!r} as {found[key].reading.target}"
         for key, pair in sides.items()
-        if any(side.shape.rank == 2 and side.shape[1] > _LONGEST for side in pair)
+        if any(len(side.shape) == 2 and known(side.shape)[1] > _LONGEST for side in pair)
     ]
     if long:
         warn(

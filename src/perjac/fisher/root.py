@@ -16,8 +16,10 @@ import tensorflow as tf
 from perjac import host, memory, seeds
 from perjac.errors import InputError, LossWarning, check_counts, check_one_of, warn
 from perjac.fisher.likelihoods import LIKELIHOODS, chunks, hessians, root_of, sampled
+from perjac.inputs import Batch
 from perjac.losses import Objective, are_probabilities
 from perjac.naming import before_link
+from perjac.questions import Question
 from perjac.roots import ROOTS, column_count
 from perjac.rows import Rows
 from perjac.sources import Source
@@ -99,7 +101,7 @@ class Root:
         """Whether there is a variance: the Gaussian's."""
         return self.kind != "empirical" and self.likelihood == "gaussian"
 
-    def prepare(self, x: Any, y: Any) -> list[Source]:
+    def prepare(self, x: Batch, y: Any) -> list[Source]:
         """Settle the output and what is differentiated against, from a first few examples.
 
         Returns
@@ -114,41 +116,40 @@ class Root:
                 f"likelihood= one of {LIKELIHOODS}."
             )
         if self.kind == "empirical":
-            x, y = (tf.nest.map_structure(lambda leaf: leaf[:2], part) for part in (x, y))
-            sources = list(self.engine.gradients(x, y, loss=self.loss, wrt=self.wrt).sources)
+            few = x.first(2), _first(y)
+            sources = list(self.engine.gradients(*few, loss=self.loss, wrt=self.wrt).sources)
         else:
             self._settle(x)
             if self._is_loss:
-                few = (tf.nest.map_structure(lambda leaf: leaf[:2], part) for part in (x, y))
-                outputs, labels = self._traced(*few)
+                outputs, labels = self._traced(x.first(2), _first(y))
                 doubt = self._objective.doubts(labels, lambda _: outputs)
                 if doubt and not self._link:
                     warn(doubt, LossWarning)
-            sources = self.engine.traces.of(self.engine.traces.prepare(x))[1].sources(self.wrt)
+            sources = self.engine.traces.of(x)[1].sources(self.wrt)
         strange = [source.key for source in sources if source.kind != "weight"]
         if strange:
             raise InputError(f"Expected wrt= as weights. Received: {', '.join(strange)}.")
         return sources
 
-    def row_count(self, x: Any) -> int:
+    def row_count(self, x: Batch) -> int:
         """Return K, the rows of each example."""
         if self.kind != "exact":
             return {"empirical": 1, "sampled": self.samples}[self.kind]
-        traced, names = self.engine.traces.of(self.engine.traces.prepare(x))
+        traced, names = self.engine.traces.of(x)
         return column_count(self.likelihood, traced.row_shape(names.head(self.of)))
 
-    def at_once(self, x: Any, formed: int = 0) -> tuple[int, int]:
+    def at_once(self, x: Batch, formed: int = 0) -> tuple[int, int]:
         """Return how many examples, and how many of their rows, fit into memory at a time.
 
         Parameters
         ----------
-        x : nested structure of arrays
+        x : Batch
             A few examples.
         formed : int
             Bytes that are made of each row, besides what it is held in.
         """
         limit = min(memory.limit(self.engine.memory_limit) or _AT_ONCE, _AT_ONCE)
-        traced, names = self.engine.traces.of(self.engine.traces.prepare(x))
+        traced, names = self.engine.traces.of(x)
         heads = list(traced.program.heads.values())
         head = heads[0] if self.kind == "empirical" else names.head(self.of)
         rows = self.row_count(x)
@@ -169,19 +170,33 @@ class Root:
             return max(1, limit // max(each, 1)), rows
         return 1, min(rows, max(1, int((limit - whole) / (2 * held / rows + formed))))
 
-    def parts(self, x: Any, y: Any, start: int, most: int) -> Iterator[Rows]:
+    def parts(self, x: Batch, y: Any, start: int, most: int) -> Iterator[Rows]:
         """Give the rows of a batch, at most so many of an example at a time."""
         if self.kind == "empirical":
             yield self.engine.gradients(x, y, loss=self.loss, wrt=self.wrt)
             return
+        for asked in self._asked(x, y, start, most):
+            yield self.engine.jacobian(x, wrt=self.wrt, of=self.of, **asked)
+
+    def answers(
+        self, question: Question, x: Batch, y: Any, start: int, most: int
+    ) -> Iterator[dict[str, Any]]:
+        """Give what a question makes of each of these parts, whose rows are not kept."""
+        for asked in self._asked(x, y, start, most):
+            yield self.engine.summed(question, x, wrt=self.wrt, of=self.of, **asked)
+
+    def _asked(self, x: Batch, y: Any, start: int, most: int) -> Iterator[dict[str, Any]]:
+        """Give what tells the engine which rows, at most so many of an example at a time."""
+        if self.kind == "empirical":
+            yield {"y": y, "loss": self.loss}
+            return
         if self.kind == "exact" and not self._is_loss:
-            batch = self.engine.traces.prepare(x)
-            traced, names = self.engine.traces.of(batch)
+            traced, names = self.engine.traces.of(x)
             count = column_count(self.likelihood, traced.row_shape(names.head(self.of)))
             for columns in chunks(count, most):
                 one_hot = self.likelihood not in ROOTS  # the Gaussian's root, but for its scale
-                asked = list(columns) if one_hot else seeds.of_root(self.likelihood, columns)
-                yield self._jacobian(x, outputs=asked)
+                chosen = list(columns) if one_hot else seeds.of_root(self.likelihood, columns)
+                yield {"outputs": chosen}
             return
         if self._is_loss:
             cotangents = self._roots(x, y, start)
@@ -189,17 +204,14 @@ class Root:
             outputs = self.engine.outputs(x, of=self.of)
             cotangents = sampled(self.likelihood, outputs, self.samples, self.seed, start)
         for columns in chunks(cotangents.shape[1], most):
-            yield self._jacobian(x, cotangents=cotangents[:, columns.start : columns.stop])
-
-    def _jacobian(self, x: Any, **asked: Any) -> Rows:
-        return self.engine.jacobian(x, wrt=self.wrt, of=self.of, **asked)
+            yield {"cotangents": cotangents[:, columns.start : columns.stop]}
 
     @property
     def scale(self) -> float:
         """What F = Σ rowᵀ row is yet to be multiplied by."""
         return 1 / float(self.variance) if self.has_variance else 1.0
 
-    def _roots(self, x: Any, y: Any, start: int) -> np.ndarray:
+    def _roots(self, x: Batch, y: Any, start: int) -> np.ndarray:
         """Return the columns of S for each example, (B, K, *output_shape), of a loss."""
         name = _called(self.likelihood)
         outputs, labels = self._traced(x, y)
@@ -214,7 +226,7 @@ class Root:
             )
         return roots.reshape(*roots.shape[:2], *outputs.shape[1:])
 
-    def _traced(self, x: Any, y: Any) -> tuple[tf.Tensor, Any]:
+    def _traced(self, x: Batch, y: Any) -> tuple[tf.Tensor, Any]:
         """Return outputs and labels, as the loss and its Hessian take them."""
         outputs = self.engine.outputs(x, of=self.of)
         labels = tf.nest.map_structure(tf.convert_to_tensor, y)
@@ -233,10 +245,10 @@ class Root:
 
         return tf.function(functools.partial(hessians, losses), autograph=False)
 
-    def _settle(self, x: Any) -> None:
+    def _settle(self, x: Batch) -> None:
         """Find the output to differentiate: before the final softmax or sigmoid of the model."""
         wanted = _of_probabilities(self.likelihood) if self._is_loss else (self.likelihood,)
-        traced, names = self.engine.traces.of(self.engine.traces.prepare(x))
+        traced, names = self.engine.traces.of(x)
         head = names.head(self.of)
         link = before_link(traced.program, head)[1]
         if _OF_LINKS.get(link) in wanted and self.of is None:
@@ -259,7 +271,7 @@ class Root:
                 f"{('B', *shape)}: for a single one of yes or no choose 'bernoulli'."
             )
 
-    def _check_logits(self, x: Any) -> None:
+    def _check_logits(self, x: Batch) -> None:
         """Warn where the output that was asked about is hardly logits."""
         classes = self.likelihood == "categorical"
         outputs = np.asarray(self.engine.outputs(x, of=self.of))
@@ -270,6 +282,11 @@ class Root:
                 "probabilities.",
                 LossWarning,
             )
+
+
+def _first(labels: Any) -> Any:
+    """Return the labels of the first two examples."""
+    return tf.nest.map_structure(lambda leaf: leaf[:2], labels)
 
 
 def _called(loss: Any) -> str:

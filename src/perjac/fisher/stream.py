@@ -85,7 +85,8 @@ class Stream:
             pieces = -(-count // most)  # of nearly one size
             for piece in np.array_split(np.arange(count), pieces):
                 where = slice(int(piece[0]), int(piece[-1]) + 1)
-                yield done, _part(x, where), _part(y, where)
+                whole = pieces == 1
+                yield done, x if whole else _part(x, where), y if whole else _part(y, where)
                 done += len(piece)
                 self._least = max(self._least, done)
                 progress.tell(done, self.size or done)

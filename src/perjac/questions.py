@@ -1,0 +1,98 @@
+"""What is asked of factors, compiled; and what is asked of each weight's factor alone.
+
+The latter are questions that are equal where they ask the same: such a one can be answered in the
+program that makes the factors, where nothing is held of them. Must not know where factors come
+from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host
+from perjac.factors import Factor
+from perjac.layout import Relabelling
+
+Factors = Mapping[str, Factor]
+Question = Callable[[Factors], dict[str, Any]]
+
+
+@functools.cache
+def query(question: Callable[..., Any], jit: bool = False, **options: Any) -> Callable[..., Any]:
+    """Return a question, a function of {key: factor} and more, as one compiled whole."""
+    # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
+    return host.compiled(functools.partial(question, **options), jit_compile=jit or None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Themselves:
+    """The factors as they are."""
+
+    def __call__(self, factors: Factors) -> dict[str, Factor]:
+        """Return them."""
+        return dict(factors)
+
+
+THEMSELVES = Themselves()
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Σ over examples and rows of the squares, of the weight's shape."""
+
+    def __call__(self, factors: Factors) -> dict[str, tf.Tensor]:
+        """Return it by key."""
+        return {key: factor.diagonal() for key, factor in factors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Moments of both sides of a weight's rows, and how it was read for them. A nest of tensors.
+
+    Attributes
+    ----------
+    reading : Relabelling
+        From the weight to (G, I, O).
+    left, right, count : tf.Tensor
+        As in `factors.Moments`.
+    """
+
+    reading: Relabelling
+    left: tf.Tensor
+    right: tf.Tensor
+    count: tf.Tensor
+
+    def __tf_flatten__(self) -> tuple[tuple, tuple]:
+        return (self.reading,), (self.left, self.right, self.count)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple, components: tuple) -> Sides:
+        return cls(*metadata, *components)
+
+
+@dataclasses.dataclass(frozen=True)
+class SideMoments:
+    """Σ over examples and rows of both sides' outer products, a weight read as (G, I, O).
+
+    Attributes
+    ----------
+    reduce : bool
+        Whether positions are brought together before the products.
+    most : int
+        A side longer than that is summed on its diagonal alone.
+    """
+
+    reduce: bool
+    most: int
+
+    def __call__(self, factors: Factors) -> dict[str, Sides]:
+        """Return it by key."""
+        return {
+            key: Sides(factor.reading, *factor.moments(self.reduce, self.most))
+            for key, factor in factors.items()
+        }
