@@ -43,8 +43,7 @@ def gradients(work: Work) -> Ways:
     grads = _gradients(work)
 
     def run():
-        found = grads()
-        return done([found[key] for key in found])
+        return done(list(grads().values()))
 
     return {"": Way(run, _arrays)}
 

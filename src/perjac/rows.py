@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, Self
 
 import tensorflow as tf
@@ -21,6 +21,8 @@ from perjac.factors import Explicit, Factor
 from perjac.questions import Factors, Squares, query
 from perjac.sources import ByKey, Source, Weights, is_variable, match
 
+# Bytes of rows that are formed by one call: three of a small network take a fifth longer.
+_AT_ONCE = 2**28
 _QUERIES = (
     "norms", "gram", "cosine_similarity", "jvp", "vjp", "diagonal", "project", "mean", "variance",
     "snr", "clipped_sum",
@@ -59,14 +61,15 @@ class Rows(Mapping):
         """Form the rows of one source, (B, *row_shape, *source.shape)."""
         source = self._find(key)
         self._check_size(source.size, source.dtype, repr(source.key))
-        factor = self._factors[source.key]
-        if isinstance(factor, Explicit):
-            rows = factor.dense()
-        else:
-            rows = query(_formed, self._jit and factor.rank_one)(factor)
-        shape = (self.shape[0], *self._row_shape, *source.shape)
-        rows = rows if rows.shape == shape else tf.reshape(rows, shape)
-        return tf.cast(rows, source.dtype)
+        return self._formed([source])[source.key]
+
+    def items(self) -> ItemsView:
+        """Form all rows, by key; one after another where all of them would be large."""
+        return self._whole().items() if self._is_small() else super().items()
+
+    def values(self) -> ValuesView:
+        """Form all rows; one after another where all of them would be large."""
+        return self._whole().values() if self._is_small() else super().values()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -115,7 +118,8 @@ class Rows(Mapping):
             If it does not fit into the memory limit.
         """
         self._check_size(self.shape[-1], self._dtype, "all of it")
-        parts = [tf.reshape(self[key], [*self._lead, s.size]) for key, s in self._sources.items()]
+        formed = self._whole() if self._is_small() else self
+        parts = [tf.reshape(formed[k], [*self._lead, s.size]) for k, s in self._sources.items()]
         return tf.concat([tf.cast(part, self._dtype) for part in parts], -1)
 
     def gram(self, other: Self | None = None) -> tf.Tensor:
@@ -272,6 +276,32 @@ class Rows(Mapping):
             raise UnknownNameError(f"There is no query {question!r}. {nearest(question, queries)}")
         return Explanation.of(question, self._factors, self.shape[0], dim)
 
+    def _is_small(self) -> bool:
+        size = self.shape[0] * self._count * self.shape[-1] * self._dtype.size
+        return size <= min(_AT_ONCE, memory.limit(self._memory_limit) or _AT_ONCE)
+
+    def _whole(self) -> dict[str, tf.Tensor]:
+        return self._formed(list(self._sources.values()))
+
+    def _formed(self, sources: Sequence[Source]) -> dict[str, tf.Tensor]:
+        """Form the rows of some sources, by key: of one kind all in one call."""
+        found: dict[str, tf.Tensor] = {}
+        kinds: dict[bool, dict[str, Factor]] = {}
+        for source in sources:
+            factor = self._factors[source.key]
+            if isinstance(factor, Explicit):
+                found[source.key] = factor.dense()
+            else:
+                kinds.setdefault(self._jit and factor.rank_one, {})[source.key] = factor
+        for jit, factors in kinds.items():
+            found |= query(_dense, jit)(factors)
+        return {s.key: self._laid_out(found[s.key], s) for s in sources}
+
+    def _laid_out(self, rows: tf.Tensor, source: Source) -> tf.Tensor:
+        shape = (self.shape[0], *self._row_shape, *source.shape)
+        rows = rows if rows.shape == shape else tf.reshape(rows, shape)
+        return rows if rows.dtype == source.dtype else tf.cast(rows, source.dtype)
+
     def _lengths(self) -> tf.Tensor:
         """The norm of every row, (*lead)."""
         return self._shown(query(lengths)(self._factors))
@@ -368,8 +398,8 @@ def weighted_sum(factors: Factors, u: tf.Tensor, per_example: bool = False) -> d
     return {key: factor.vjp(u, per_example) for key, factor in factors.items()}
 
 
-def _formed(factor: Factor) -> tf.Tensor:
-    return factor.dense()
+def _dense(factors: Factors) -> dict[str, tf.Tensor]:
+    return {key: factor.dense() for key, factor in factors.items()}
 
 
 def _gram(factors: Factors, others: Factors | None = None) -> tf.Tensor:
