@@ -101,7 +101,7 @@ class Batch:
     structure: Any
     labels: int = 0
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """B."""
         return known(self.tensors[0].shape[:1])[0]
