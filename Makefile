@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check zoo peers bench format clean
+.PHONY: help demo test check zoo peers bench bench-scaling bench-gpu format clean
 
 help:
 	@echo "make demo    train a small net on real digits and write demo-out/report.html"
@@ -12,7 +12,10 @@ help:
 	@echo "make check   the quick part of it, under three minutes"
 	@echo "make zoo     every model of the zoo, the large ones too; writes docs/coverage.md"
 	@echo "make peers   the environments that other libraries run in under make bench: 6 GB, once"
-	@echo "make bench   perjac beside the other libraries that are there, in one run"
+	@echo "make bench   perjac beside the other libraries that are there, in one run; writes"
+	@echo "             docs/performance.md, as do the next two"
+	@echo "make bench-scaling   cost against examples, rows, weights and positions"
+	@echo "make bench-gpu       exported programs beside other libraries, on a GPU if JAX finds one"
 
 demo: $(VENV)/.demo
 	$(BIN)/perjac demo --out demo-out
@@ -35,8 +38,23 @@ lint: $(VENV)/.test
 peers: $(VENV)/.test
 	$(BIN)/python benchmarks/environments.py
 
+RESULTS := benchmarks/results
+# From what has been measured so far; a page without the peers' run would say nothing.
+PAGE = test ! -e $(RESULTS)/latest.json || \
+  $(BIN)/python benchmarks/report.py $(RESULTS)/latest.json --page docs/performance.md
+
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --out $(RESULTS)
+	$(PAGE)
+
+bench-scaling: $(VENV)/.test
+	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)
+	$(PAGE)
+
+bench-gpu: $(VENV)/.test
+	$(BIN)/python benchmarks/carry.py .bench/carried
+	$(BIN)/python benchmarks/run.py --carried .bench/carried --limit 300 --out $(RESULTS)/carried
+	$(PAGE)
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

@@ -43,6 +43,8 @@ class Timed:
         What else to know.
     clock : {"wall", "cpu"}
         By which of the two times ways are compared.
+    moved : int
+        Bytes read and written, where memory is what is looked at.
     """
 
     peer: str
@@ -57,6 +59,7 @@ class Timed:
     error: float | None = None
     note: str = ""
     clock: str = "wall"
+    moved: int = 0
 
     @property
     def median_ms(self) -> float | None:
@@ -94,16 +97,30 @@ class Cell:
         For answers that are compared as a whole.
     clock : {"wall", "cpu"}
         As in `Timed`.
+    expected : list of dict, optional
+        Sketches of the answer, where perjac's has been computed elsewhere; otherwise the first one
+        of perjac's here is what all others must be.
     """
 
     def __init__(
-        self, job: str, about: Job, examples: int, folder: pathlib.Path, clock: str = "wall"
+        self,
+        job: str,
+        about: Job,
+        examples: int,
+        folder: pathlib.Path,
+        clock: str = "wall",
+        expected: list[dict] | None = None,
     ):
         self._job, self._about, self._examples, self._folder = job, about, examples, folder
         self._clock = clock
         self._fatal: set[tuple[str, str]] = set()
-        self._reference: list[dict] | None = None
+        self._reference = expected
         self.timed: list[Timed] = []
+
+    @property
+    def answer_bytes(self) -> int | None:
+        """How large the answer is."""
+        return self._reference and sum(array["bytes"] for array in self._reference)
 
     def check(self, process: Process) -> bool:
         """Run each of a peer's ways once, and compare.
@@ -143,6 +160,7 @@ class Cell:
             timed.left_out = str(failure)
             return
         timed.first_ms, timed.warm_ms, timed.note = said["first_ms"], said["warm_ms"], said["note"]
+        timed.moved = said["moved"]
         sketch = said["sketch"]
         if sketch is None:
             return

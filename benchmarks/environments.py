@@ -48,6 +48,7 @@ ENVIRONMENTS = {
             "backpack-for-pytorch==1.7.1",
             "captum==0.9.0",
             "curvlinops-for-pytorch==3.0.1",
+            "keras==3.15.1",  # models that only Keras can say, on its torch backend
             "nngeometry==0.4",
             "opacus==1.6.0",
         )
@@ -66,6 +67,16 @@ ENVIRONMENTS = {
             "einops",
         ),
         beside=True,
+    ),
+    # The last JAX that has the names which its structured derivatives look for.
+    "neural-tangents": Environment(
+        (
+            "neural-tangents==0.6.5",
+            "jax==0.4.25",
+            "jaxlib==0.4.25",
+            "numpy==1.26.4",
+            "scipy==1.12.0",
+        )
     ),
     "tf-keras-vis": Environment(("tf-keras-vis==0.8.7", "deprecated", "wrapt"), beside=True),
 }
@@ -115,13 +126,15 @@ def make(name: str) -> None:
     mark, wanted = place / "made", "\n".join(environment.packages)
     if mark.exists() and mark.read_text() == wanted:
         return
-    shutil.rmtree(place, ignore_errors=True)
+    mark.unlink(missing_ok=True)
     FOLDER.mkdir(exist_ok=True)
     _failure_note(name).unlink(missing_ok=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if environment.beside:
+        shutil.rmtree(place, ignore_errors=True)
         _step(name, [*pip, "--no-deps", "--target", str(place), *environment.packages])
     else:
+        # What is there already stays: pip adds what is new, and torch is not fetched again.
         _step(name, [sys.executable, "-m", "venv", str(place)])
         own = [str(place / "bin" / "python"), *pip[1:]]
         _step(name, [*own, *environment.packages])

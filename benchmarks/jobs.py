@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-# The two questions to the machine rather than to a library.
-FILL, PLAIN = "memory filled", "one batch gradient"
+# The questions to the machine rather than to a library.
+FILL, PLAIN, COPY = "memory filled", "one batch gradient", "memory copied"
 STEPS = SAMPLES = 50
 SIGMA = 0.15
 

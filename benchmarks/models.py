@@ -94,8 +94,10 @@ def _resnet50() -> Any:
     """ResNet50 for ten classes at 64×64: 23.5 million weights."""
     import keras
 
+    first = keras.config.image_data_format() == "channels_first"
+    shape = (3, 64, 64) if first else (64, 64, 3)
     return keras.applications.ResNet50(
-        weights=None, input_shape=(64, 64, 3), classes=10, classifier_activation=None
+        weights=None, input_shape=shape, classes=10, classifier_activation=None
     )
 
 

@@ -20,11 +20,14 @@ class Peer:
         Of `environments.ENVIRONMENTS`; None for the project's own Python.
     package : str
         What must be importable there, where the project's own Python may lack it.
+    special : bool
+        Whether it was written for such questions, and not for derivatives of any kind.
     """
 
     worker: str
     environment: str | None = None
     package: str = ""
+    special: bool = False
 
 
 OURS, FLOORS = "perjac", "floor"
@@ -34,11 +37,18 @@ PEERS = {
     "TensorFlow": Peer("by_tensorflow.py"),
     "JAX": Peer("by_jax.py", package="jax"),
     "torch.func": Peer("by_torch_func.py", "torch"),
-    "BackPACK": Peer("by_backpack.py", "torch"),
-    "Opacus": Peer("by_opacus.py", "torch"),
-    "nngeometry": Peer("by_nngeometry.py", "torch"),
-    "curvlinops": Peer("by_curvlinops.py", "torch"),
-    "Captum": Peer("by_captum.py", "torch"),
-    "Xplique": Peer("by_xplique.py", "xplique"),
-    "tf-keras-vis": Peer("by_tf_keras_vis.py", "tf-keras-vis"),
+    "BackPACK": Peer("by_backpack.py", "torch", special=True),
+    "Opacus": Peer("by_opacus.py", "torch", special=True),
+    "nngeometry": Peer("by_nngeometry.py", "torch", special=True),
+    "curvlinops": Peer("by_curvlinops.py", "torch", special=True),
+    "neural-tangents": Peer("by_neural_tangents.py", "neural-tangents", special=True),
+    "Captum": Peer("by_captum.py", "torch", special=True),
+    "Xplique": Peer("by_xplique.py", "xplique", special=True),
+    "tf-keras-vis": Peer("by_tf_keras_vis.py", "tf-keras-vis", special=True),
+}
+# Those that take part where programs are carried to: perjac as a program, without TensorFlow.
+CARRIED = {
+    OURS: Peer("by_program.py", package="jax"),
+    FLOORS: Peer("by_card.py", package="jax"),
+    **{name: PEERS[name] for name in ("JAX", "torch.func", "BackPACK", "Opacus")},
 }

@@ -18,6 +18,14 @@ from peers import Peer
 
 _WORKERS = pathlib.Path(__file__).resolve().parent / "workers"
 _START_S = 180.0
+# All on the processor: libraries that find a GPU would be compared with others that do not.
+_ON_PROCESSOR = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+# Several processes share the card's memory; and float32 means float32, not TensorFloat-32.
+_ON_CARD = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
 
 
 class LeftOut(Exception):
@@ -34,13 +42,17 @@ class Process:
     peer : Peer
         Which worker, and where.
     work : pathlib.Path
-        The work file; what the worker prints goes to a log beside it.
+        The work file.
+    log : pathlib.Path
+        A folder for what the worker prints.
     pythons : dict of str to str
         Pythons to take for environments, by name.
     limit_s : float
         How long an answer may take.
     threads : int
         For each library.
+    card : bool
+        Whether it may find a GPU.
 
     Raises
     ------
@@ -53,9 +65,11 @@ class Process:
         name: str,
         peer: Peer,
         work: pathlib.Path,
+        log: pathlib.Path,
         pythons: dict[str, str],
         limit_s: float,
         threads: int,
+        card: bool = False,
     ):
         self.name, self._limit_s = name, limit_s
         if peer.package and not importlib.util.find_spec(peer.package):
@@ -64,10 +78,9 @@ class Process:
             command, variables = environments.found(peer.environment, pythons)
         except environments.NoEnvironment as failure:
             raise LeftOut(f"no environment: {failure}") from None
-        self._log = work.parent / f"{name}.log"
-        # All on the processor: libraries that find a GPU would be compared with others that do not.
-        variables |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
-        variables |= _limited(threads)
+        self._log = log / f"{name}.log"
+        variables |= _ON_CARD if card else _ON_PROCESSOR
+        variables |= limited(threads)
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 [*command, str(_WORKERS / peer.worker), str(work)],
@@ -82,7 +95,7 @@ class Process:
 
     @functools.cached_property
     def hello(self) -> dict[str, Any]:
-        """What the worker says first: "jobs", "versions", "idle_mb".
+        """What the worker says first: "jobs", "versions", "device", "idle_mb".
 
         Raises
         ------
@@ -143,7 +156,7 @@ class Process:
         return f"its process ended ({self._process.poll()}): {lines[-1][:160]}"
 
 
-def _limited(threads: int) -> dict[str, str]:
+def limited(threads: int) -> dict[str, str]:
     """Return what keeps OpenMP's libraries, TensorFlow and XLA to so many threads."""
     number = str(threads)
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC")

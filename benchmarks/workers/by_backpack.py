@@ -10,7 +10,7 @@ import torch
 from backpack import backpack, extend, extensions
 from jobs import CLIP
 from serve import Way, Ways, Work
-from torch_net import VERSIONS, Net
+from torch_net import VERSIONS, Net, array, device
 
 
 def gradients(work: Work) -> Ways:
@@ -22,7 +22,7 @@ def gradients(work: Work) -> Ways:
 def gradient_norms(work: Work) -> Ways:
     net, backward = _extended(work, "sum")
     squares = _quantity(net, backward, extensions.BatchL2Grad(), "batch_l2")
-    return {"": Way(lambda: sum(squares()).sqrt(), lambda found: [found.numpy()])}
+    return {"": Way(lambda: sum(squares()).sqrt(), lambda found: [array(found)])}
 
 
 def clipped_sum(work: Work) -> Ways:
@@ -92,4 +92,4 @@ JOBS = {job.__name__: job for job in (gradients, gradient_norms, clipped_sum, gg
 
 if __name__ == "__main__":
     version = importlib.metadata.version("backpack-for-pytorch")
-    serve.serve(JOBS, {"BackPACK": version, **VERSIONS})
+    serve.serve(JOBS, {"BackPACK": version, **VERSIONS}, device())

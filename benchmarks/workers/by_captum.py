@@ -51,7 +51,7 @@ def _best(run, sizes: tuple[int, ...], name: str) -> Ways:
 
 
 def _canonical(found):
-    return [pictures(found)]
+    return [pictures(found, found[0])]
 
 
 JOBS = {job.__name__: job for job in (integrated_gradients, smoothgrad)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import serve
 import tensorflow as tf
 from jobs import FILL, PLAIN
-from keras_net import LOSS, VERSIONS, done, net
+from keras_net import LOSS, VERSIONS, device, done, net
 from serve import Way, Ways, Work
 
 
@@ -52,4 +52,4 @@ JOBS = {"weights": weights, "inputs": inputs, "gradients": gradients, "ntk": ntk
 JOBS |= dict.fromkeys(("gradient_norms", "clipped_sum", "ggn_diagonal", "kfac"), gradient)
 
 if __name__ == "__main__":
-    serve.serve(JOBS, VERSIONS)
+    serve.serve(JOBS, VERSIONS, device())

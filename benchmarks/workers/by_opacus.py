@@ -9,7 +9,7 @@ from opacus import GradSampleModule, __version__
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from serve import Way, Ways, Work
 from torch.nn.functional import cross_entropy
-from torch_net import VERSIONS, Net
+from torch_net import VERSIONS, Net, array, device
 
 
 def gradients(work: Work) -> Ways:
@@ -28,8 +28,8 @@ def gradient_norms(work: Work) -> Ways:
         return norms
 
     return {
-        "": Way(lambda: _norms(grads()), lambda found: [found.numpy()]),
-        "ghost": Way(by_ghost, lambda found: [found.detach().numpy()]),
+        "": Way(lambda: _norms(grads()), lambda found: [array(found)]),
+        "ghost": Way(by_ghost, lambda found: [array(found)]),
     }
 
 
@@ -86,4 +86,4 @@ def _norms(found: list[torch.Tensor]) -> torch.Tensor:
 JOBS = {job.__name__: job for job in (gradients, gradient_norms, clipped_sum)}
 
 if __name__ == "__main__":
-    serve.serve(JOBS, {"Opacus": __version__, **VERSIONS})
+    serve.serve(JOBS, {"Opacus": __version__, **VERSIONS}, device())

@@ -8,7 +8,7 @@ import numpy as np
 import serve
 import tensorflow as tf
 from jobs import CLIP, SAMPLES, SIGMA, STEPS
-from keras_net import LOSS, VERSIONS, done, net
+from keras_net import LOSS, VERSIONS, device, done, net
 from serve import Way, Ways, Work
 
 import perjac as pj
@@ -129,4 +129,4 @@ JOBS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    serve.serve(JOBS, {"perjac": pj.__version__, **VERSIONS})
+    serve.serve(JOBS, {"perjac": pj.__version__, **VERSIONS}, device())

@@ -8,7 +8,7 @@ import numpy as np
 import serve
 import tensorflow as tf
 from jobs import CLIP
-from keras_net import LOSS, VERSIONS, done, net
+from keras_net import LOSS, VERSIONS, device, done, net
 from serve import Way, Ways, Work
 
 
@@ -151,4 +151,4 @@ JOBS = {
 }
 
 if __name__ == "__main__":
-    serve.serve(JOBS, VERSIONS)
+    serve.serve(JOBS, VERSIONS, device())

@@ -6,7 +6,7 @@ import importlib.metadata
 
 import serve
 from jobs import SAMPLES, SIGMA
-from keras_net import VERSIONS, net
+from keras_net import VERSIONS, device, net
 from serve import Way, Ways, Work
 from tf_keras_vis.saliency import Saliency
 from tf_keras_vis.utils.scores import CategoricalScore
@@ -31,4 +31,4 @@ JOBS = {"smoothgrad": smoothgrad}
 
 if __name__ == "__main__":
     version = importlib.metadata.version("tf-keras-vis")
-    serve.serve(JOBS, {"tf-keras-vis": version, **VERSIONS})
+    serve.serve(JOBS, {"tf-keras-vis": version, **VERSIONS}, device())

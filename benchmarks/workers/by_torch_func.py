@@ -1,4 +1,4 @@
-"""torch.func's transforms: vmap over jacrev, jacfwd and grad."""
+"""torch.func's transforms: vmap over jacrev, jacfwd and grad; models of Keras on its backend."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from collections.abc import Callable
 
 import serve
 import torch
+import torch_net
 from jobs import CLIP
 from serve import Way, Ways, Work
-from torch.func import functional_call, grad, jacfwd, jacrev, vmap
-from torch_net import VERSIONS, Net, pictures
+from torch.func import grad, jacfwd, jacrev, vmap
+from torch_net import VERSIONS, KerasNet, Net, array, pictures
 
 
 def weights(work: Work) -> Ways:
-    net = Net(work)
-    rows, parameters = _rows(net)
-    return {"": Way(lambda: rows(parameters, net.x), lambda found: _canonical(net, found))}
+    net = torch_net.net(work)
+    rows = _rows(net)
+    return {"": Way(lambda: rows(net.parameters, net.x), lambda found: _canonical(net, found))}
 
 
 def inputs(work: Work) -> Ways:
-    net = Net(work)
+    net = torch_net.net(work)
+    parameters = net.parameters
+
+    def one(x):
+        return net.outputs(parameters, x[None])[0]
 
     def way(mode):
-        return Way(lambda: vmap(mode(_one(net)))(net.x), lambda found: [pictures(found)])
+        return Way(lambda: vmap(mode(one))(net.x), lambda found: [pictures(found, net.x[0])])
 
     ways = {"jacrev": way(jacrev)}
     if work.more_outputs_than_inputs:
@@ -31,29 +36,23 @@ def inputs(work: Work) -> Ways:
 
 
 def jacobian_norms(work: Work) -> Ways:
-    net = Net(work)
-    rows, parameters = _rows(net)
-
-    def run():
-        found = rows(parameters, net.x).values()
-        return sum(part.square().flatten(1).sum(1) for part in found).sqrt()
-
-    return {"": Way(run, lambda found: [found.numpy()])}
+    net = torch_net.net(work)
+    rows = _rows(net)
+    return {"": Way(lambda: _norms(rows(net.parameters, net.x)), lambda found: [array(found)])}
 
 
 def gradients(work: Work) -> Ways:
-    net = Net(work)
-    run = _gradients(net)
-    return {"": Way(run, lambda found: _canonical(net, found))}
+    net = torch_net.net(work)
+    return {"": Way(_gradients(net), lambda found: _canonical(net, found))}
 
 
 def gradient_norms(work: Work) -> Ways:
-    grads = _gradients(Net(work))
-    return {"": Way(lambda: _norms(grads()), lambda found: [found.numpy()])}
+    grads = _gradients(torch_net.net(work))
+    return {"": Way(lambda: _norms(grads()), lambda found: [array(found)])}
 
 
 def clipped_sum(work: Work) -> Ways:
-    net = Net(work)
+    net = torch_net.net(work)
     grads = _gradients(net)
 
     def run():
@@ -65,45 +64,35 @@ def clipped_sum(work: Work) -> Ways:
 
 
 def ntk(work: Work) -> Ways:
-    net = Net(work)
-    rows, parameters = _rows(net)
+    net = torch_net.net(work)
+    rows = _rows(net)
     batch, outputs = len(net.x), work.about["outputs"]
 
     def run():
-        found = rows(parameters, net.x).values()
+        found = rows(net.parameters, net.x).values()
         flat = [part.reshape(batch * outputs, -1) for part in found]
         return sum(part @ part.T for part in flat).reshape(batch, outputs, batch, outputs)
 
-    return {"": Way(run, lambda found: [found.numpy()])}
+    return {"": Way(run, lambda found: [array(found)])}
 
 
-def _parameters(net: Net) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in net.module.named_parameters()}
-
-
-def _one(net: Net) -> Callable:
-    """The outputs of one example."""
-    parameters = _parameters(net)
-    return lambda x: functional_call(net.module, parameters, (x[None],))[0]
-
-
-def _rows(net: Net) -> tuple[Callable, dict[str, torch.Tensor]]:
+def _rows(net: Net | KerasNet) -> Callable:
     """One example's rows by every weight, over a batch."""
 
     def outputs(parameters, x):
-        return functional_call(net.module, parameters, (x[None],))[0]
+        return net.outputs(parameters, x[None])[0]
 
-    return vmap(jacrev(outputs), (None, 0)), _parameters(net)
+    return vmap(jacrev(outputs), (None, 0))
 
 
-def _gradients(net: Net) -> Callable:
+def _gradients(net: Net | KerasNet) -> Callable:
     """One example's gradient of the loss by every weight, over the batch."""
 
     def loss(parameters, x, y):
-        logits = functional_call(net.module, parameters, (x[None],))
+        logits = net.outputs(parameters, x[None])
         return torch.nn.functional.cross_entropy(logits, y[None])
 
-    parameters, mapped = _parameters(net), vmap(grad(loss), (None, 0, 0))
+    parameters, mapped = net.parameters, vmap(grad(loss), (None, 0, 0))
     return lambda: mapped(parameters, net.x, net.y)
 
 
@@ -111,8 +100,8 @@ def _norms(found: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(part.square().flatten(1).sum(1) for part in found.values()).sqrt()
 
 
-def _canonical(net: Net, found: dict[str, torch.Tensor]):
-    return net.canonical([found[name] for name in net.names])
+def _canonical(net: Net | KerasNet, found: dict[str, torch.Tensor]):
+    return net.canonical([found[name] for name in net.parameters])
 
 
 JOBS = {
@@ -121,4 +110,4 @@ JOBS = {
 }
 
 if __name__ == "__main__":
-    serve.serve(JOBS, VERSIONS)
+    serve.serve(JOBS, VERSIONS, torch_net.device())

@@ -8,7 +8,7 @@ import numpy as np
 import serve
 import tensorflow as tf
 from jobs import SAMPLES, SIGMA, STEPS
-from keras_net import VERSIONS, done, net
+from keras_net import VERSIONS, device, done, net
 from serve import Way, Ways, Work
 from xplique.attributions import IntegratedGradients, SmoothGrad
 
@@ -51,4 +51,4 @@ def _ways(work: Work, method, note: str = "", tolerance: float | None = None) ->
 JOBS = {job.__name__: job for job in (integrated_gradients, smoothgrad)}
 
 if __name__ == "__main__":
-    serve.serve(JOBS, {"Xplique": importlib.metadata.version("xplique"), **VERSIONS})
+    serve.serve(JOBS, {"Xplique": importlib.metadata.version("xplique"), **VERSIONS}, device())

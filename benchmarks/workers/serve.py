@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 # A repetition lasts so long at least: short ones are the mean of several in a row.
-_SHORTEST_MS = 20.0
+SHORTEST_MS = 20.0
 _PROJECTIONS = 4
 
 
@@ -44,12 +44,18 @@ class Way:
     tolerance : float, optional
         How far it may be from perjac's answer, where the library defines it otherwise; `note` says
         how.
+    needs_mb : callable, optional
+        What it takes on a card, by the compiler's count: for libraries that cannot forget a peak.
+    moved : int
+        How many bytes it reads and writes, where that is what it is for.
     """
 
     run: Callable[[], Any]
     canonical: Callable[[Any], Iterable[np.ndarray | None]] | None = None
     note: str = ""
     tolerance: float | None = None
+    needs_mb: Callable[[], float] | None = None
+    moved: int = 0
 
 
 Ways = dict[str, Way]
@@ -82,7 +88,34 @@ class Work:
         return dataclasses.replace(self, x=self.x[:examples], y=self.y[:examples])
 
 
-def serve(jobs: Mapping[str, Callable[[Work], Ways]], versions: Mapping[str, str]) -> None:
+@dataclasses.dataclass
+class Device:
+    """What a library runs on, and how its work is waited for and its memory counted.
+
+    Attributes
+    ----------
+    name : str
+        "cpu", or the card's.
+    wait : callable
+        Returns when all that was asked is done.
+    forget : callable
+        Lets the peak be counted anew.
+    peak_mb, resident_mb : callable
+        The most memory in use since, and what is in use now.
+    """
+
+    name: str = "cpu"
+    wait: Callable[[], Any] = lambda: None
+    forget: Callable[[], Any] = lambda: _forget_peak()
+    peak_mb: Callable[[], float] = lambda: _peak_mb()
+    resident_mb: Callable[[], float] = lambda: _resident_mb()
+
+
+def serve(
+    jobs: Mapping[str, Callable[[Work], Ways]],
+    versions: Mapping[str, str],
+    device: Device | None = None,
+) -> None:
     """Answer the orchestrator's lines until there are none left.
 
     Parameters
@@ -91,12 +124,20 @@ def serve(jobs: Mapping[str, Callable[[Work], Ways]], versions: Mapping[str, str
         By the job's name, what makes the peer's ways to it.
     versions : mapping of str to str
         Of the libraries that the figures depend on.
+    device : Device, optional
+        The processor by default.
     """
+    device = device or Device()
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     work = Work.read(sys.argv[1])
-    process = _Process(jobs, work)
-    hello = {"jobs": list(jobs), "versions": dict(versions), "idle_mb": _resident_mb()}
+    process = _Process(jobs, work, device)
+    hello = {
+        "jobs": list(jobs),
+        "versions": dict(versions),
+        "device": device.name,
+        "idle_mb": device.resident_mb(),
+    }
     print(json.dumps(hello), file=lines)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -112,8 +153,8 @@ def serve(jobs: Mapping[str, Callable[[Work], Ways]], versions: Mapping[str, str
 class _Process:
     """The questions that the orchestrator may ask, by the names of the methods."""
 
-    def __init__(self, jobs: Mapping[str, Callable[[Work], Ways]], work: Work):
-        self._jobs, self._work = jobs, work
+    def __init__(self, jobs: Mapping[str, Callable[[Work], Ways]], work: Work, device: Device):
+        self._jobs, self._work, self._device = jobs, work, device
         self._ways: Ways = {}
         self._often: dict[str, int] = {}
 
@@ -135,7 +176,7 @@ class _Process:
             A file for the answer itself.
         """
         chosen = self._ways[way]
-        first_ms, answer = _timed(chosen.run)
+        first_ms, answer = self._timed(chosen.run)
         sketch = None
         if chosen.canonical:
             arrays = list(chosen.canonical(answer))
@@ -144,29 +185,40 @@ class _Process:
                 np.savez(keep, *arrays)
             del arrays
         del answer
-        again_ms, _ = _timed(chosen.run)
-        self._often[way] = max(1, int(_SHORTEST_MS / max(again_ms, 1e-3)))
+        again_ms, _ = self._timed(chosen.run)
+        self._often[way] = max(1, int(SHORTEST_MS / max(again_ms, 1e-3)))
         return {
             "first_ms": first_ms,
             "warm_ms": again_ms,
             "sketch": sketch,
             "note": chosen.note,
             "tolerance": chosen.tolerance,
+            "moved": chosen.moved,
         }
 
     def time(self, way: str) -> dict:
         """Take one repetition's time, and all threads' together, in ms, and the memory it took."""
-        run, often = self._ways[way].run, self._often[way]
+        run, often, device = self._ways[way].run, self._often[way], self._device
         gc.collect()
-        _forget_peak()
+        device.forget()
         if often > 1:
             run()  # another process had the caches
+            device.wait()
         start, busy = time.perf_counter(), time.process_time()
         for _ in range(often):
             run()
+            device.wait()
         ms = 1e3 * (time.perf_counter() - start) / often
         cpu_ms = 1e3 * (time.process_time() - busy) / often
-        return {"ms": ms, "cpu_ms": cpu_ms, "peak_mb": _peak_mb()}
+        needs_mb = self._ways[way].needs_mb
+        peak_mb = needs_mb() if needs_mb else device.peak_mb()
+        return {"ms": ms, "cpu_ms": cpu_ms, "peak_mb": peak_mb}
+
+    def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        start = time.perf_counter()
+        answer = run()
+        self._device.wait()
+        return 1e3 * (time.perf_counter() - start), answer
 
 
 def sketched(array: np.ndarray) -> dict:
@@ -177,14 +229,15 @@ def sketched(array: np.ndarray) -> dict:
     """
     rng = np.random.default_rng(7)
     signs = [rng.choice([-1.0, 1.0], (n, _PROJECTIONS)) for n in array.shape]
-    square, total = 0.0, np.zeros(_PROJECTIONS)
+    square, total, size = 0.0, np.zeros(_PROJECTIONS), array.nbytes
+    shape = array.shape
     if not array.ndim:
         array, signs = array[None], [np.ones((1, _PROJECTIONS))]
     for part, sign in zip(array, signs[0], strict=True):
         wide = np.asarray(part, "f8")  # one example at a time, so that a GB does not become two
         square += float(np.vdot(wide, wide))
         total += sign * _projected(wide, signs[1:])
-    return {"shape": array.shape, "norm": square**0.5, "projections": list(total)}
+    return {"shape": shape, "norm": square**0.5, "projections": list(total), "bytes": size}
 
 
 def _projected(part: np.ndarray, signs: list[np.ndarray]) -> np.ndarray:
@@ -194,12 +247,6 @@ def _projected(part: np.ndarray, signs: list[np.ndarray]) -> np.ndarray:
     for sign in reversed(signs[:-1]):
         found = np.einsum("...np,np->...p", found, sign)
     return found
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    answer = run()
-    return 1e3 * (time.perf_counter() - start), answer
 
 
 def _resident_mb() -> float:

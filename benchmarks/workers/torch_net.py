@@ -1,4 +1,7 @@
-"""A chain of layers in torch, channels first, and the way back to Keras's layout."""
+"""A network in torch, channels first, and the way back to Keras's layout.
+
+Chains of layers are built of torch's own modules; other models by Keras, on its torch backend.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,28 @@ import dataclasses
 
 import numpy as np
 import torch
-from serve import Work
+from serve import Device, Work
+from stateless import stateless
 from torch import nn
+from torch.func import functional_call
 
 VERSIONS = {"torch": torch.__version__}
+_PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device() -> Device:
+    """Say what torch runs on."""
+    if _PLACE.type == "cpu":
+        return Device()
+    torch.backends.cudnn.allow_tf32 = False  # as all the others: float32
+    cuda = torch.cuda
+    return Device(
+        cuda.get_device_name(),
+        cuda.synchronize,
+        cuda.reset_peak_memory_stats,
+        lambda: cuda.max_memory_allocated() / 1e6,
+        lambda: cuda.memory_allocated() / 1e6,
+    )
 
 
 @dataclasses.dataclass
@@ -33,9 +54,9 @@ class Layer:
     def kernel(self, found: torch.Tensor) -> np.ndarray:
         """Return (..., *weight) of torch's layout in Keras's."""
         if isinstance(self.module, nn.Conv2d):
-            return found.movedim((-2, -1, -3, -4), (-4, -3, -2, -1)).numpy()
-        found = found.movedim(-1, -2)  # (..., in, out)
-        return found[..., self.order(), :].numpy() if self.before else found.numpy()
+            return array(found.movedim((-2, -1, -3, -4), (-4, -3, -2, -1)))
+        found = array(found.movedim(-1, -2))  # (..., in, out)
+        return found[..., self.order(), :] if self.before else found
 
     def order(self) -> np.ndarray:
         """Return, for each input number in Keras's order, where torch has it."""
@@ -62,7 +83,7 @@ class Net:
 
     def __init__(self, work: Work):
         if not work.about["layers"]:
-            raise NotImplementedError("this model is written in Keras only")
+            raise NotImplementedError("this model is written in Keras only, not in torch's modules")
         modules, self.layers = [], []
         weights = iter(work.weights)
         shape = _channels_first(work.about["shape"])
@@ -78,25 +99,23 @@ class Net:
                 before = ()
             modules.append(module)
             shape = after
-        self.module = nn.Sequential(*modules)
-        x = torch.tensor(work.x)
-        if x.ndim == 4:
-            # Of one channel, `contiguous` leaves the strides as if it were last, and Opacus 1.6
-            # then reads the next convolution's input wrongly.
-            x = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-        self.x = x
-        self.y = torch.tensor(work.y)
+        self.module = nn.Sequential(*modules).to(_PLACE)
+        self.x, self.y = _data(work)
 
     @property
-    def names(self) -> list[str]:
-        """The parameters' names, in order."""
-        return [name for name, _ in self.module.named_parameters()]
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The weights by name, in order."""
+        return {name: p.detach() for name, p in self.module.named_parameters()}
+
+    def outputs(self, parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of a batch with other weights."""
+        return functional_call(self.module, parameters, (x,))
 
     def canonical(self, found: list[torch.Tensor]) -> list[np.ndarray]:
         """Return (..., *parameter), one for each parameter, in Keras's layout."""
         arrays = []
         for layer, kernel, bias in zip(self.layers, found[::2], found[1::2], strict=True):
-            arrays += [layer.kernel(kernel.detach()), bias.detach().numpy()]
+            arrays += [layer.kernel(kernel.detach()), array(bias)]
         return arrays
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -113,15 +132,52 @@ class Net:
         arrays = []
         for layer, (a, b) in zip(self.layers, pairs, strict=True):
             order = layer.order()
-            a, b = a.detach().numpy()[order][:, order], b.detach().numpy()
+            a, b = array(a)[order][:, order], array(b)
             arrays += [a / np.trace(a), b / np.trace(b), np.trace(a) * np.trace(b)]
         return arrays
 
 
-def pictures(found: torch.Tensor) -> np.ndarray:
-    """Return (..., channels, height, width) with the channels last; what is flat as it is."""
-    found = found.detach()
-    return (found.movedim(-3, -1) if found.ndim >= 4 else found).numpy()
+class KerasNet:
+    """A model that only Keras can say, with what torch.func's transforms ask of a `Net`."""
+
+    def __init__(self, work: Work):
+        outputs, weights = stateless(work, "torch")
+        self.parameters = {str(n): w.detach().to(_PLACE) for n, w in enumerate(weights)}
+        self._outputs = outputs
+        self.x, self.y = _data(work)
+
+    def outputs(self, parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of a batch with other weights."""
+        return self._outputs(list(parameters.values()), x)
+
+    def canonical(self, found: list[torch.Tensor]) -> list[np.ndarray]:
+        """Return (..., *parameter): Keras keeps its layout."""
+        return [array(part) for part in found]
+
+
+def net(work: Work) -> Net | KerasNet:
+    """Return the run's network."""
+    return Net(work) if work.about["layers"] else KerasNet(work)
+
+
+def array(found: torch.Tensor) -> np.ndarray:
+    """Return a tensor of any device as an array."""
+    return found.detach().cpu().numpy()
+
+
+def pictures(found: torch.Tensor, example: torch.Tensor) -> np.ndarray:
+    """Return (..., *example) with the channels last, if it is a picture."""
+    return array(found.movedim(-3, -1) if example.ndim == 3 else found)
+
+
+def _data(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return examples, with the channels of pictures first, and labels."""
+    x = torch.tensor(work.x)
+    if x.ndim == 4:
+        # Of one channel, `contiguous` leaves the strides as if it were last, and Opacus 1.6
+        # then reads the next convolution's input wrongly.
+        x = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+    return x.to(_PLACE), torch.tensor(work.y).to(_PLACE)
 
 
 def _built(kind: str, args: list[int], shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:

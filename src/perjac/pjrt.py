@@ -100,7 +100,7 @@ class Program:
         self._jax = jax
         self.device = device or jax.devices()[0]
         self.manifest = dict(manifest)
-        self._run = _compiled(code, self.device)
+        self._executable = _compiled(code, self.device)
         self._variables = {n: self._put(v) for n, v in variables.items()}
 
     def __call__(self, *inputs: Any, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -125,9 +125,21 @@ class Program:
             if name not in specs:
                 raise InputError(f"There is no variable {name!r}. {nearest(name, specs)}")
             (held[name],) = self._checked([specs[name]], [value])
-        results = self._run([*given, *(held[name] for name in specs)])
+        arguments = [*given, *(held[name] for name in specs)]
+        shards = self._executable.execute_sharded(arguments)
+        results = [each[0] for each in shards.disassemble_into_single_device_arrays()]
         names = [each["name"] for each in self.manifest["outputs"]]
         return dict(zip(names, results, strict=True))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a call takes, by the compiler's count: arguments, results and temporaries."""
+        counted = self._executable.get_compiled_memory_stats()
+        return (
+            counted.argument_size_in_bytes
+            + counted.output_size_in_bytes
+            + counted.temp_size_in_bytes
+        )
 
     def _checked(self, specs: list[dict[str, Any]], arrays: Any) -> list[Any]:
         if len(arrays) != len(specs):
@@ -149,7 +161,7 @@ class Program:
 
 
 def _compiled(code: bytes, device: Any) -> Any:
-    """Return a function from arrays on a device to a program's results there.
+    """Return what executes a program on a device.
 
     JAX has no public way to run StableHLO that it did not write. `Client.compile_and_load` (jaxlib
     0.7 on) takes it; earlier ones called it `compile`.
@@ -159,12 +171,5 @@ def _compiled(code: bytes, device: Any) -> Any:
     client, options = device.client, xla_client.CompileOptions()
     if hasattr(client, "compile_and_load"):
         where = xla_client.DeviceList((device,))
-        executable = client.compile_and_load(code, where, options)
-    else:
-        executable = client.compile(code, options)
-
-    def run(arguments: list[Any]) -> list[Any]:
-        results = executable.execute_sharded(arguments)
-        return [shards[0] for shards in results.disassemble_into_single_device_arrays()]
-
-    return run
+        return client.compile_and_load(code, where, options)
+    return client.compile(code, options)
