@@ -9,10 +9,11 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import perjac as pj
-from perjac import pjrt
+from perjac import patches, pjrt
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +125,28 @@ def test_programs_run_without_tensorflow(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(4 * 3 * (43 + 1)), "False"]
+
+
+def test_programs_take_no_groups_of_channels(tmp_path, monkeypatch):
+    model = keras.Sequential(
+        [keras.Input((6, 6, 4)), layers.Conv2D(4, 3), layers.Flatten(), layers.Dense(3)]
+    )
+    x, y = RNG.normal(size=(5, 6, 6, 4)).astype("float32"), RNG.integers(0, 3, 5)
+    runs, calls, grouped = patches._groups_run(tf.float32), [], patches.Patches._grouped
+
+    def noted(self, delta):
+        calls.append(delta)
+        return grouped(self, delta)
+
+    monkeypatch.setattr(patches.Patches, "_grouped", noted)
+    rows = {k: np.asarray(v) for k, v in pj.Engine(model).gradients(x, y, loss=LOSS).items()}
+    assert bool(calls) == runs  # where they are quick, which is outside XLA
+    calls.clear()
+    program = pjrt.load(pj.Engine(model).export(tmp_path / "p", x, y, job="gradients", loss=LOSS))
+    assert not [delta for delta in calls if delta.shape[0] == 5]  # checks know no batch size
+    found = program(x, y)
+    for key, expected in rows.items():
+        np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_chosen_outputs_and_the_manifest(tmp_path):
