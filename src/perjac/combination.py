@@ -51,6 +51,22 @@ def join_rows(answers: Sequence[Mapping[str, Factor]]) -> dict[str, Factor]:
     return {key: _join([answer[key] for answer in answers]) for key in first}
 
 
+def join_examples(answers: Iterable[Mapping[str, Factor]]) -> dict[str, Factor]:
+    """Return factors with the examples of all the answers, one after another along B.
+
+    Every tensor of a factor has its examples in front. A source's parts go as soon as they are
+    joined, so that no more than one is there twice.
+    """
+    parts = [dict(answer) for answer in answers]
+    if len(parts) == 1:
+        return parts[0]
+    return {key: _beside([part.pop(key) for part in parts]) for key in list(parts[0])}
+
+
+def _beside(factors: Sequence[Factor]) -> Factor:
+    return tf.nest.map_structure(lambda *tensors: tf.concat(tensors, 0), *factors)
+
+
 def _join(factors: Sequence[Any]) -> Factor:
     first = factors[0]
     if isinstance(first, Sum):
