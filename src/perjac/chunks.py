@@ -101,4 +101,5 @@ class Load:
             fitting = max(1, min(fitting - 1, fitting * room // passing))
         pieces = math.ceil(batch / fitting)
         length = math.ceil(batch / pieces)
-        return [slice(start, start + length) for start in range(0, batch, length)]
+        starts = range(0, batch, length)
+        return [slice(start, min(start + length, batch)) for start in starts]

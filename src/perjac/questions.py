@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -30,16 +30,21 @@ class Question(Protocol):
         """Return the answers by key."""
         ...
 
-    def joined(self, answers: Iterable[Answers]) -> Answers:
-        """Return one answer for all examples, of those for some after others."""
+    def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> Answers:
+        """Return one answer for all examples, of those for one run of them after another."""
         ...
 
 
 @functools.cache
-def query(question: Callable[..., Any], jit: bool = False, **options: Any) -> Callable[..., Any]:
-    """Return a question, a function of {key: factor} and more, as one compiled whole."""
-    # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
-    return host.compiled(functools.partial(question, **options), jit_compile=jit or None)
+def query(
+    question: Callable[..., Any], jit: bool = False, anew: bool = False, **options: Any
+) -> Callable[..., Any]:
+    """Return a question, a function of {key: factor} and more, as one compiled whole.
+
+    `anew` is for one that has to know how many examples there are.
+    """
+    asked = functools.partial(question, **options)
+    return host.compiled(asked, grows=not anew, jit_compile=jit or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +55,9 @@ class Themselves:
         """Return them."""
         return dict(factors)
 
-    def joined(self, answers: Iterable[Answers]) -> dict[str, Factor]:
+    def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> dict[str, Factor]:
         """Put them one after another."""
-        return join_examples(answers)
+        return join_examples(answers, runs)
 
 
 THEMSELVES = Themselves()
@@ -61,7 +66,7 @@ THEMSELVES = Themselves()
 class Total:
     """Base of questions whose answers are sums over the examples."""
 
-    def joined(self, answers: Iterable[Answers]) -> Answers:
+    def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> Answers:
         """Add up."""
         return functools.reduce(functools.partial(tf.nest.map_structure, tf.add), answers)
 

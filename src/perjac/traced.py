@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from perjac import host, independence, memory, sites
 from perjac.chunks import MOST, Load
-from perjac.combination import held_in, join_rows
+from perjac.combination import held_in, join_rows, joined
 from perjac.errors import (
     DisconnectedWarning,
     InputError,
@@ -31,7 +31,6 @@ from perjac.shapes import size
 from perjac.sources import Source
 from perjac.tape import Tape
 from perjac.trace import Callee, Program
-
 
 # Operations whose result lies in the memory of their operand.
 _VIEWS = ("Reshape", "Identity", "Squeeze", "ExpandDims", "StopGradient")
@@ -200,7 +199,7 @@ class Traced:
         runs = load.runs(batch.size, load.room(batch.size, memory_limit))
         nothing = tf.zeros([0], tf.int32)
         parts = [job.run(batch.part(where).tensors, nothing)[0] for where in runs]
-        return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+        return joined(parts)
 
     def answers(
         self,
@@ -274,7 +273,7 @@ class Traced:
 
         try:
             runs = load.runs(batch.size, room)
-            answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs))
+            answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
         except _Failed as failed:
             self._give_up(head, failed.__cause__)
             return self.answers(head, sources, batch, chosen, memory_limit, question)
@@ -282,8 +281,7 @@ class Traced:
         if missing:
             _warn_disconnected(self.program.called(head), missing)
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
-        result = outputs[0] if len(outputs) == 1 else tf.concat(outputs, 0)
-        return result, {s.key: answers[s.key] for s in sources}
+        return joined(outputs), {s.key: answers[s.key] for s in sources}
 
     def _load(
         self,
