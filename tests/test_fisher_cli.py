@@ -1,5 +1,7 @@
 """`perjac fisher` and the files of forms: what is written is what the definition says."""
 
+import signal
+
 import keras
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from test_cli import run
 
 import perjac as pj
 from perjac import fisher as forms
-from perjac import screen
+from perjac import progress, screen
 from perjac.errors import FileFormatError, InputError
 from perjac.fisher.blocks import Block, BlockForm, Dense, Diagonal
 from perjac.fisher.columns import Columns
 from perjac.fisher.kronecker import Eigenbasis, Kronecker
+from perjac.fisher.sums import Matrices
+from perjac.progress import Stopped, stoppable
 
 N, CLASSES = 7, 3
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -432,33 +436,147 @@ def test_labels_that_nothing_needs_are_left_out_aloud(folder, truth, capfd):
     close(held["diagonal/mid/kernel"], expected["mid/kernel"])
 
 
-def test_an_interrupted_run_leaves_what_was_there(folder, capfd, monkeypatch):
-    whole = pj.Engine.summed
-    calls = []
+def stopping(monkeypatch, after):
+    """Have Ctrl-C come while the batch after so many is worked on."""
+    whole, calls = pj.Engine.summed, []
 
-    def interrupted(engine, *asked, **named):
+    def pressed(engine, *asked, **named):
         calls.append(asked)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == after + 1:
+            signal.raise_signal(signal.SIGINT)
         return whole(engine, *asked, **named)
 
+    monkeypatch.setattr(pj.Engine, "summed", pressed)
+    return calls
+
+
+@pytest.mark.parametrize("options", [
+    ["--form", "diagonal"],
+    ["--form", "kronecker", "--reduction", "sum"],
+    ["--kind", "sampled", "--samples", "2", "--seed", "3"],
+], ids=lambda options: options[1])  # fmt: skip
+def test_an_interrupted_run_keeps_what_is_done_and_another_goes_on(
+    folder, capfd, monkeypatch, tmp_path, options
+):
     monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)  # an example at a time
-    (folder / "cut").mkdir()
-    out = folder / "cut" / "form.npz"
+    out, kept = tmp_path / "form.npz", tmp_path / "form.partial.npz"
+    arguments = ["fisher", folder / "model.keras", folder / "x.npy", "-o", out, *options]
+    assert run(capfd, *arguments)[0] == 0
+    expected, before = dict(np.load(out)), out.read_bytes()
+    done = 0
+    for resume in ([], ["--resume"], ["--resume"]):
+        with monkeypatch.context() as patched:
+            calls = stopping(patched, 1)
+            status, said, complaint = run(capfd, *arguments, *resume)
+        assert len(calls) == 2
+        assert status == 130
+        assert f"Going on after {done} examples." in said or not resume
+        before_it, done = done, forms.load(kept).examples
+        assert before_it < done < N
+        assert "Ctrl-C again stops at once" in complaint
+        assert f"{done} of {N} examples are kept in {kept}: --resume goes on" in complaint
+        assert out.read_bytes() == before
+        assert np.load(kept)["about/of"] == N
+    status, said, _ = run(capfd, *arguments, "--resume")
+    assert status == 0
+    assert f"Going on after {done} examples." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["form.npz"]
+    held = dict(np.load(out))
+    assert held.keys() == expected.keys()
+    for name, array in expected.items():
+        if array.dtype.kind == "f":
+            close(held[name], array)
+        else:
+            np.testing.assert_array_equal(held[name], array)
+
+
+@pytest.mark.parametrize("form", ["blocks", "dense"])
+def test_matrices_go_on_too(truth, monkeypatch, form):
+    engine = pj.Engine(truth.model)
+    information = engine.fisher(truth.x)
+    information._root.at_once = lambda *asked: (2, CLASSES)
+    add = Matrices.add
+
+    def pressed(sums, rows):
+        signal.raise_signal(signal.SIGINT)
+        add(sums, rows)
+
+    with monkeypatch.context() as patched, stoppable(lambda: None):
+        patched.setattr(Matrices, "add", pressed)
+        with pytest.raises(Stopped):
+            getattr(information, form)()
+    part = information.partial
+    assert 0 < part.examples < N
+    whole = part.merge(getattr(information.after(part.examples), form)())
+    assert whole.examples == N
+    close(whole.to_numpy(), getattr(engine.fisher(truth.x), form)().to_numpy())
+    with pytest.raises(InputError, match="from 0 to 6. Received: 7"):
+        information.after(N)
+
+
+def test_only_the_same_run_goes_on(folder, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)
+    out, kept = tmp_path / "form.npz", tmp_path / "form.partial.npz"
     arguments = ["fisher", folder / "model.keras", folder / "x.npy", "-o", out]
-    for before in ([], ["form.npz"]):
-        monkeypatch.setattr(pj.Engine, "summed", interrupted)
-        calls.clear()
-        held = out.read_bytes() if before else b""
-        status, _, complaint = run(capfd, *arguments)
-        assert (status, complaint) == (130, f"Interrupted. Nothing is written to {out}.\n")
-        assert len(calls) == 3
-        assert [path.name for path in out.parent.iterdir()] == before
-        monkeypatch.setattr(pj.Engine, "summed", whole)
-        if before:
-            assert out.read_bytes() == held
-        assert run(capfd, *arguments)[0] == 0
-        assert forms.load(out).examples == N
+    with monkeypatch.context() as patched:
+        stopping(patched, 1)
+        assert run(capfd, *arguments)[0] == 130
+    left = kept.read_bytes()
+    np.save(tmp_path / "other.npy", np.load(folder / "x.npy") + 1)
+    other = ["fisher", folder / "model.keras", tmp_path / "other.npy", "-o", out]
+    for words, wrong in {
+        "--reduction was mean, is sum": [*arguments, "--reduction", "sum"],
+        "the weights or the data were others": other,
+        "--form diagonal, kronecker, blocks, dense": [*arguments, "--form", "eigenbasis"],
+    }.items():
+        status, _, complaint = run(capfd, *wrong, "--resume")
+        assert (status, complaint.count("\n")) == (2, 1)
+        assert words in complaint
+        assert kept.read_bytes() == left
+    status, said, _ = run(capfd, *arguments)  # anew
+    assert (status, forms.load(out).examples) == (0, N)
+    assert "Going on" not in said
+    out.rename(kept)
+    status, _, complaint = run(capfd, *arguments, "--resume")
+    assert (status, "is no part of a run" in complaint) == (2, True)
+    kept.unlink()
+    assert run(capfd, *arguments, "--resume")[0] == 0  # from the start
+
+
+@pytest.mark.parametrize("form", ["eigenbasis", "spectrum"])
+def test_forms_that_cannot_be_made_of_parts_say_so(folder, capfd, monkeypatch, tmp_path, form):
+    monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)
+    told, out = progress.tell, tmp_path / "form.npz"
+
+    def pressed(done, total):
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+        told(done, total)
+
+    monkeypatch.setattr("perjac.progress.tell", pressed)
+    status, _, complaint = run(
+        capfd, "fisher", folder / "model.keras", folder / "x.npy", "-o", out, "--form", form
+    )
+    assert status == 130
+    assert f"Nothing is written to {out}: --form {form} cannot be made of parts." in complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopping_at_once_leaves_what_was_there(folder, capfd, monkeypatch, tmp_path):
+    def twice(engine, *asked, **named):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(pj.Engine, "summed", twice)
+    out = tmp_path / "form.npz"
+    out.write_bytes(b"before")
+    before = signal.getsignal(signal.SIGINT)
+    status, _, complaint = run(capfd, "fisher", folder / "model.keras", folder / "x.npy", "-o", out)
+    assert status == 130
+    assert complaint.endswith(f"Interrupted. Nothing is written to {out}.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["form.npz"]
+    assert out.read_bytes() == b"before"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_written(truth, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ Signature = Annotated[
 ]
 Log = Annotated[str | None, typer.Option(help="Where TensorFlow's own messages go.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
+_STOPPING = "Stopping after these examples, to keep what is done. Ctrl-C again stops at once."
 Raw = Annotated[bool, typer.Option("--raw", help="Keep images at 0 to 255, not 0 to 1.")]
 
 
@@ -356,6 +357,9 @@ def fisher(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Eigenvectors of a spectrum.")] = 10,
     figures: Annotated[str | None, typer.Option(help="Draw, too: png, pdf or svg.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what an interrupted run has kept.")
+    ] = False,
     raw: Raw = False,
     signature: Signature = None,
     allow_code: Code = False,
@@ -365,6 +369,8 @@ def fisher(
     compiled = kind == "empirical" and loss is None
     with _engine(model, signature, log, allow_code, compiled) as (screen, engine):
         from perjac.commands.fisher import Found, Wanted
+        from perjac.commands.partial import Partial
+        from perjac.progress import stoppable
 
         wanted = Wanted(
             out, form, kind, likelihood, loss, from_logits, variance, approximation, samples, seed,
@@ -379,12 +385,21 @@ def fisher(
         pair = (
             (read.inputs,) if labels is None else (read.inputs, _labels(labels, read, data).inputs)
         )
+        work: Any = None
         try:
-            for _ in screen.track([form], form.capitalize(), "examples"):
-                found = Found.of(wanted, engine.fisher(pair, **asked))
+            with stoppable(lambda: screen.complain(_STOPPING)):
+                for _ in screen.track([form], form.capitalize(), "examples"):
+                    information = engine.fisher(pair, **asked)
+                    work = Partial(wanted, information, engine, pair)
+                    if resume:
+                        work.resume()
+                        screen.say(f"Going on after {work.done:,} examples.")
+                    found = Found.of(wanted, information, work.form())
         except KeyboardInterrupt:
-            raise typer.Abort(f"Interrupted. Nothing is written to {out}.") from None
+            told = work.stopped() if work else f"Interrupted. Nothing is written to {out}."
+            raise typer.Abort(told) from None
         found.write(model)
+        work.finish()
         for line in found.lines():
             screen.say(line)
         if figures is not None:

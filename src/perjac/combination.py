@@ -51,6 +51,49 @@ def join_rows(answers: Sequence[Mapping[str, Factor]]) -> dict[str, Factor]:
     return {key: _join([answer[key] for answer in answers]) for key in first}
 
 
+def join_examples(
+    answers: Iterable[Mapping[str, Factor]], runs: Sequence[slice]
+) -> dict[str, Factor]:
+    """Return factors with the examples of all the answers, one after another along B.
+
+    Parameters
+    ----------
+    answers : iterable of mapping of str to Factor
+        For one run of examples after another. Every tensor of a factor has its examples in front.
+    runs : sequence of slice
+        Which examples they are of.
+    """
+    kinds: Any = None
+    whole: list[tf.Tensor] = []
+    for answer, run in zip(answers, runs, strict=True):
+        parts = tf.nest.flatten(dict(answer))
+        if not whole:
+            kinds, whole = answer, [_room(part, run, runs[-1].stop) for part in parts]
+        whole = [_laid(part, run, into) for part, into in zip(parts, whole, strict=True)]
+    return tf.nest.pack_sequence_as(dict(kinds), whole)
+
+
+def joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Return tensors (B, ...) one after another along B."""
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+
+
+def _room(part: tf.Tensor, run: slice, batch: int) -> tf.Tensor:
+    """Return room for all examples of which `part` is a run."""
+    folded = part.shape[0] // (run.stop - run.start)
+    return tf.raw_ops.Empty(shape=[batch * folded, *part.shape[1:]], dtype=part.dtype)
+
+
+def _laid(part: tf.Tensor, run: slice, into: tf.Tensor) -> tf.Tensor:
+    """Write a run of examples to its place: joining all at the end would need them twice.
+
+    180 ms for 400 MB, where that takes 130.
+    """
+    folded = part.shape[0] // (run.stop - run.start)
+    places = tf.range(run.start * folded, run.stop * folded)
+    return tf.raw_ops.InplaceUpdate(x=into, i=places, v=part)
+
+
 def _join(factors: Sequence[Any]) -> Factor:
     first = factors[0]
     if isinstance(first, Sum):

@@ -410,7 +410,7 @@ class Engine(Trust):
 
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
         traced, names = self.traces.of(batch)
-        return traced.outputs(names.head(of), batch)
+        return traced.outputs(names.head(of), batch, self.memory_limit)
 
     def checked(self, batch: inputs.Batch, of: Any = None) -> tuple[Traced, str]:
         """Return the trace for such a batch and an output's tensor, the examples kept apart.

@@ -46,8 +46,11 @@ def function_nodes(definition: Any) -> tuple[Any, dict[str, str]]:
     return function_def_to_graph.function_def_to_graph_def(definition)
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Compiled:
+def compiled(function: Callable[..., Any], grows: bool = False, **options: Any) -> Compiled:
     """Return `tf.function(function, autograph=False, **options)`, quick to call.
+
+    With `grows` it is traced once more for tensors that are longer or shorter along their first
+    axes, and then never again, however long they are.
 
     And quiet about being traced often, by `Function._omit_frequent_tracing_warning` (since
     TensorFlow 2.4): a job or query is traced once for each shape and kind on purpose, which
@@ -55,7 +58,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Compiled:
     """
     made = tf.function(function, autograph=False, **options)
     made._omit_frequent_tracing_warning = True
-    return Compiled(made)
+    return Compiled(made, grows)
 
 
 class Compiled:
@@ -67,8 +70,12 @@ class Compiled:
     a graph being built, the tf.function itself is called.
     """
 
-    def __init__(self, function: Any):
-        self._function, self._found = function, {}
+    def __init__(self, function: Any, grows: bool):
+        self._function, self._grows, self._found = function, grows, {}
+        # By what is left of a key without the lengths: the lengths first seen, and what was traced
+        # for any others; nothing where the function has to know them.
+        self._lengths: dict[Any, list[int]] = {}
+        self._any_length: dict[Any, Any] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function with nests of tensors, which must all be positional."""
@@ -77,7 +84,7 @@ class Compiled:
         if key is None or not pywrap_tfe.TFE_Py_TapeSetIsEmpty():
             return self._function(*arguments)
         if key not in self._found:
-            concrete = self._function.get_concrete_function(*arguments)
+            concrete = self._traced(arguments, tensors)
             self._found[key] = concrete, getattr(concrete, "_inference_function", None)
         concrete, quick = self._found[key]
         if quick is None:
@@ -85,21 +92,55 @@ class Compiled:
         flat = quick.call_flat(*tensors, *concrete.captured_inputs)
         return _packed(concrete.structured_outputs, iter(flat))
 
+    def _traced(self, arguments: tuple, tensors: list[Any]) -> Any:
+        """Return the concrete function for these arguments.
 
-def _key(thing: Any, tensors: list[Any]) -> Any:
-    """Return what a compiled function depends on, and gather the tensors; None if it is unknown."""
+        `reduce_retracing` would do it, but TensorFlow 2.21 cannot generalise the type of a nested
+        dataclass.
+        """
+        if not self._grows:
+            return self._function.get_concrete_function(*arguments)
+        kind = _key(arguments, [], whole=False)
+        lengths = [t.shape[0] if t.shape.rank else 0 for t in tensors]
+        first = self._lengths.setdefault(kind, lengths)
+        if first == lengths:
+            return self._function.get_concrete_function(*arguments)
+        if kind not in self._any_length:
+            specs = [
+                tf.TensorSpec(t.shape if a == b else [None, *t.shape[1:]], t.dtype)
+                for t, a, b in zip(tensors, first, lengths, strict=True)
+            ]
+            self._any_length[kind] = specs, self._with(arguments, specs)
+        specs, concrete = self._any_length[kind]
+        if concrete and all(s.is_compatible_with(t) for s, t in zip(specs, tensors, strict=True)):
+            return concrete
+        return self._function.get_concrete_function(*arguments)
+
+    def _with(self, arguments: tuple, specs: list[tf.TensorSpec]) -> Any:
+        try:
+            return self._function.get_concrete_function(*_packed(arguments, iter(specs)))
+        except (TypeError, ValueError):  # what needs an axis that is not known raises these
+            return None
+
+
+def _key(thing: Any, tensors: list[Any], whole: bool = True) -> Any:
+    """Return what a compiled function depends on, and gather the tensors; None if it is unknown.
+
+    Without the lengths of first axes, if not `whole`.
+    """
     if isinstance(thing, framework.EagerTensor):
         tensors.append(thing)
-        return thing._shape_tuple(), thing.dtype
+        shape = thing._shape_tuple()
+        return shape if whole else (len(shape), *shape[1:]), thing.dtype
     if isinstance(thing, dict):
-        parts = [(name, _key(thing[name], tensors)) for name in sorted(thing)]
+        parts = [(name, _key(thing[name], tensors, whole)) for name in sorted(thing)]
         return None if any(part is None for _, part in parts) else (dict, *parts)
     static, moving = (), thing
     if hasattr(thing, "__tf_flatten__"):
         static, moving = thing.__tf_flatten__()
     elif not isinstance(thing, (list, tuple)):
         return None
-    parts = [_key(part, tensors) for part in moving]
+    parts = [_key(part, tensors, whole) for part in moving]
     return None if None in parts else (type(thing), static, *parts)
 
 

@@ -118,7 +118,11 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """Return the first examples."""
-        return dataclasses.replace(self, tensors=[t[:count] for t in self.tensors])
+        return self.part(slice(count))
+
+    def part(self, where: slice) -> Batch:
+        """Return some of the examples."""
+        return dataclasses.replace(self, tensors=[t[where] for t in self.tensors])
 
     @property
     def specs(self) -> list[tf.TensorSpec]:

@@ -10,7 +10,7 @@ from perjac.errors import InputError, TooLargeError
 # Of what is free: the rest is for TensorFlow's own intermediates.
 _SHARE = 0.8
 # What is never too large, unless a limit is set: asking how much is free takes longer.
-_SMALL = 2**26
+SMALL = 2**26
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -50,7 +50,7 @@ def available() -> int | None:
 
 def check(needed: int, setting: int | str | None, what: str, instead: str) -> None:
     """Raise TooLargeError, saying what is too large and what to ask instead, above the limit."""
-    if setting is None and needed <= _SMALL:
+    if setting is None and needed <= SMALL:
         return
     allowed = limit(setting)
     if allowed is not None and needed > allowed:

@@ -90,6 +90,11 @@ class Patches:
         """Whether TensorFlow has a backward pass of its own for these windows."""
         return len(self.window) == 2 and set(self.dilations) == {1}
 
+    @property
+    def entries(self) -> int:
+        """How many numbers one example's windows are, laid out."""
+        return self.fold * math.prod(self.output) * self._entries
+
     def example(self, b: Any) -> Patches:
         """Return one example's, its batch axis kept."""
         return dataclasses.replace(self, x=self.x[b * self.fold : (b + 1) * self.fold])

@@ -21,7 +21,7 @@ from perjac.layout import Relabelling
 from perjac.questions import THEMSELVES, Question
 from perjac.roots import ROOTS
 from perjac.seeds import row
-from perjac.shapes import known
+from perjac.shapes import known, size
 from perjac.sites import Flow, Site, upstream
 from perjac.sources import Source
 from perjac.sweep import cotangents
@@ -33,8 +33,8 @@ from perjac.trace import Program
 _UNROLLED_OPERATIONS = 2500
 # Rows that one job unrolls in a graph that pfor cannot go through; more run the job again.
 _UNROLLED_ROWS = 16
-# Rows · examples that a vectorised sweep takes at a time, for memory's sake.
-_ROWS_TOGETHER = 256
+# Rows · examples that a vectorised sweep takes at a time, and the rows that it takes at least.
+_ROWS_TOGETHER, _ROWS_AT_LEAST = 256, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Decision:
         Why this path.
     entries : int or None
         Numbers held for one example.
+    swept : int
+        Numbers of its sites' cotangents for one example, all rows of them.
+    formed : int
+        Numbers made of one example on the way from there: windows laid out, rows pulled back.
     """
 
     source: Source
@@ -63,6 +67,8 @@ class Decision:
     rules: tuple[str, ...]
     reason: str
     entries: int | None
+    swept: int = 0
+    formed: int = 0
 
 
 def decide(
@@ -97,9 +103,9 @@ def decide(
     needed = upstream(program, [head])
     asked = {source.index for source in weights}
     live = [s for s in flow.sites if s.variables & asked and _reaches(program, s.operation, needed)]
-    found = {} if refused else _rehearse(program, live, count, order, compact)
+    found, swept = ({}, {}) if refused else _rehearse(program, live, count, order, compact)
     mine = {w: tuple(s for s in live if w.index in s.variables) for w in weights}
-    return [_decide_one(source, mine[source], found, refused, count) for source in weights]
+    return [_decide_one(source, mine[source], found, swept, refused, count) for source in weights]
 
 
 def _reaches(program: Program, operation: str, needed: set[str]) -> bool:
@@ -112,26 +118,35 @@ def _decide_one(
     source: Source,
     sites: tuple[Site, ...],
     found: Mapping[Site, Factor | str],
+    swept: Mapping[Site, tuple[int, int]],
     refused: str,
     count: int,
 ) -> Decision:
+    formed = count * source.size  # of what is pulled back through a parametrisation, or taped
     if refused:
-        return Decision(source, sites, "tape", (), refused, source.size)
+        return Decision(source, sites, "tape", (), refused, formed, formed=formed)
     without = {site: why for site in sites if isinstance(why := found[site], str)}
     if without:
         site, why = next(iter(without.items()))
-        return Decision(source, sites, "tape", (), f"{why} (at {site.operation})", source.size)
+        why = f"{why} (at {site.operation})"
+        return Decision(source, sites, "tape", (), why, formed, formed=formed)
     if not sites:
         return Decision(source, sites, "factored", (), "the output does not depend on it", 0)
     factors: list[Any] = [found[site] for site in sites]
     described = tuple(describe(factor, site) for factor, site in zip(factors, sites, strict=True))
     held = [  # what is pulled back through a parametrisation is held as rows
-        count * source.size if s.layout is None else f.entries
-        for f, s in zip(factors, sites, strict=True)
+        formed if s.layout is None else f.entries for f, s in zip(factors, sites, strict=True)
     ]
     reason = "every site has a rule" if len(sites) > 1 else "its site has a rule"
     return Decision(
-        source, sites, "factored", described, reason, None if None in held else sum(held)
+        source,
+        sites,
+        "factored",
+        described,
+        reason,
+        None if None in held else sum(held),
+        sum(swept[site][0] for site in sites),
+        sum(swept[site][1] + formed * (site.layout is None) for site in sites),
     )
 
 
@@ -140,7 +155,7 @@ def describe(factor: Factor, site: Site) -> str:
     kind = type(factor).__name__
     target = factor.layout.target
     names = {"Outer": "IO", "Grouped": "GIO", "Lookup": "VD"}.get(kind, "")
-    sizes = [f"{n}={size}" for n, size in zip(names, target, strict=bool(names))]
+    sizes = [f"{n}={length}" for n, length in zip(names, target, strict=bool(names))]
     if names:
         sizes.insert(0, f"T={factor.delta.shape[2]}")  # type: ignore[attr-defined]
     pulled = "" if site.layout is not None else ", pulled back through its parametrisation"
@@ -149,9 +164,13 @@ def describe(factor: Factor, site: Site) -> str:
 
 def _rehearse(
     program: Program, sites: Sequence[Site], count: int, order: Order, compact: bool
-) -> dict[Site, Factor | str]:
-    """Try each site's rule on placeholders: its factor, or the reason why there is none."""
+) -> tuple[dict[Site, Factor | str], dict[Site, tuple[int, int]]]:
+    """Try each site's rule on placeholders: its factor, or the reason why there is none.
+
+    And how many numbers of one example its cotangents are, and what is laid out to multiply them.
+    """
     found: dict[Site, Factor | str] = {}
+    swept: dict[Site, tuple[int, int]] = {}
 
     @tf.function(autograph=False)
     def trial(*inputs):
@@ -164,11 +183,12 @@ def _rehearse(
                 delta = tf.compat.v1.placeholder(bound.output.dtype, shape)
                 factor = rules.apply(bound, delta)
                 found[site] = factor.compact() if compact else factor
+                swept[site] = size(shape[1:]), factor.laid_out
             except rules.NoRule as refusal:
                 found[site] = str(refusal)
 
     trial.get_concrete_function(*program.specs)
-    return found
+    return found, swept
 
 
 def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order) -> rules.BoundSite:
@@ -368,13 +388,21 @@ def rows_at_once(program: Program, count: int) -> int:
     return min(count, _UNROLLED_ROWS) if program.stubborn else count
 
 
-def chunk_of(program: Program, head: str, count: int, batch: int) -> int:
-    """Return how many rows to sweep together: 1 to unroll them one after another."""
+def unrolls(program: Program, head: str, count: int) -> bool:
+    """Tell whether rows are swept one after another, over one forward pass."""
     operations = len(upstream(program, [head]))
-    if count == 1 or program.stubborn or count * operations <= _UNROLLED_OPERATIONS:
-        return 1
-    together = _ROWS_TOGETHER // max(batch, 1)
-    return min(count, 2 ** max(3, math.floor(math.log2(max(together, 1)))))
+    return count == 1 or bool(program.stubborn) or count * operations <= _UNROLLED_OPERATIONS
+
+
+def rows_together(count: int, batch: int, room: float) -> int:
+    """Return how many rows a vectorised sweep takes at a time, a power of two or all.
+
+    `room` is for how many examples' rows there is memory.
+    """
+    batch = max(batch, 1)
+    least = max(1, min(_ROWS_AT_LEAST, room // batch))
+    together = max(min(_ROWS_TOGETHER, room) // batch, least)
+    return max(2, min(count, 2 ** int(math.log2(together))))
 
 
 def zero(source: Source, batch: int, count: int, dtype: tf.DType) -> Zero:

@@ -1,16 +1,28 @@
-"""How far long work is: whoever works tells, whoever shows it listens; neither knows the other."""
+"""How far long work is: whoever works tells, whoever shows it listens; neither knows the other.
+
+Where it tells, what is done is whole: there it can be stopped, too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 Listener = Callable[[int, int], None]
 
 _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
     "listener", default=None
 )
+_STOPPING: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar(
+    "stopping", default=None
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised by `tell` where work was asked to stop: what was told of is done, and nothing else."""
 
 
 @contextlib.contextmanager
@@ -31,8 +43,43 @@ def heard(listener: Listener) -> Iterator[None]:
         _LISTENER.reset(token)
 
 
+@contextlib.contextmanager
+def stoppable(told: Callable[[], Any]) -> Iterator[None]:
+    """Have Ctrl-C stop the work inside the block where it next tells how far it is.
+
+    A second one stops it at once, as ever. `told` is called on the first.
+    """
+    asked: list[bool] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        told()
+
+    try:
+        before = signal.signal(signal.SIGINT, stop)
+    except ValueError:  # another thread than the main one, which Ctrl-C does not reach
+        yield
+        return
+    token = _STOPPING.set(asked)
+    try:
+        yield
+    finally:
+        _STOPPING.reset(token)
+        signal.signal(signal.SIGINT, before)
+
+
 def tell(done: int, total: int) -> None:
-    """Tell whoever listens how much is done."""
+    """Tell whoever listens how much is done.
+
+    Raises
+    ------
+    Stopped
+        If there is more to do, and work was asked to stop.
+    """
     listener = _LISTENER.get()
     if listener is not None:
         listener(done, total)
+    if done < total and _STOPPING.get():
+        raise Stopped

@@ -9,24 +9,42 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import tensorflow as tf
 
 from perjac import host
+from perjac.combination import join_examples
 from perjac.factors import Factor
 from perjac.layout import Relabelling
 
 Factors = Mapping[str, Factor]
-Question = Callable[[Factors], dict[str, Any]]
+Answers = dict[str, Any]
+
+
+class Question(Protocol):
+    """What is asked of each weight's factor alone; equal where it asks the same."""
+
+    def __call__(self, factors: Factors) -> Answers:
+        """Return the answers by key."""
+        ...
+
+    def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> Answers:
+        """Return one answer for all examples, of those for one run of them after another."""
+        ...
 
 
 @functools.cache
-def query(question: Callable[..., Any], jit: bool = False, **options: Any) -> Callable[..., Any]:
-    """Return a question, a function of {key: factor} and more, as one compiled whole."""
-    # No reduce_retracing: TensorFlow 2.21 cannot generalise the type of a nested dataclass.
-    return host.compiled(functools.partial(question, **options), jit_compile=jit or None)
+def query(
+    question: Callable[..., Any], jit: bool = False, anew: bool = False, **options: Any
+) -> Callable[..., Any]:
+    """Return a question, a function of {key: factor} and more, as one compiled whole.
+
+    `anew` is for one that has to know how many examples there are.
+    """
+    asked = functools.partial(question, **options)
+    return host.compiled(asked, grows=not anew, jit_compile=jit or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +55,24 @@ class Themselves:
         """Return them."""
         return dict(factors)
 
+    def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> dict[str, Factor]:
+        """Put them one after another."""
+        return join_examples(answers, runs)
+
 
 THEMSELVES = Themselves()
 
 
+class Total:
+    """Base of questions whose answers are sums over the examples."""
+
+    def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> Answers:
+        """Add up."""
+        return functools.reduce(functools.partial(tf.nest.map_structure, tf.add), answers)
+
+
 @dataclasses.dataclass(frozen=True)
-class Squares:
+class Squares(Total):
     """Σ over examples and rows of the squares, of the weight's shape."""
 
     def __call__(self, factors: Factors) -> dict[str, tf.Tensor]:
@@ -76,7 +106,7 @@ class Sides:
 
 
 @dataclasses.dataclass(frozen=True)
-class SideMoments:
+class SideMoments(Total):
     """Σ over examples and rows of both sides' outer products, a weight read as (G, I, O).
 
     Attributes

@@ -149,7 +149,7 @@ class Rows(Mapping):
             "Choose fewer outputs or examples, and fill it block by block with gram(other).",
         )  # fmt: skip
         asked = (self._factors,) if alone else (self._factors, other._factors)
-        products = query(_gram)(*asked)
+        products = query(_gram, anew=True)(*asked)  # in blocks of inputs, by how many rows
         products = tf.cast(products, self._dtype)
         return tf.reshape(products, [*self._lead, *other._lead])
 

@@ -62,6 +62,12 @@ class Seeds:
             for size, part in zip(sizes, tf.split(payload, sizes, axis), strict=True)
         ]
 
+    def part(self, where: slice) -> Seeds:
+        """Return the seeds of some of the examples."""
+        if self.kind not in ("each", "cotangents"):  # the same for every example
+            return self
+        return dataclasses.replace(self, payload=self.payload[where])
+
 
 def row(kind: str, payload: tf.Tensor, k: Any, output: tf.Tensor) -> tf.Tensor:
     """Return row k of the seeds as a cotangent of `output`, (B, *output_shape).

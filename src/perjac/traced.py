@@ -10,7 +10,8 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, independence, memory, sites
-from perjac.combination import held_in, join_rows
+from perjac.chunks import MOST, Load
+from perjac.combination import held_in, join_rows, joined
 from perjac.errors import (
     DisconnectedWarning,
     InputError,
@@ -23,7 +24,7 @@ from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
 from perjac.layout import Relabelling
 from perjac.normalise import flatten
-from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
+from perjac.plan import Decision, Job, decide, rows_at_once, unrolls, zero
 from perjac.questions import THEMSELVES, Question, query
 from perjac.seeds import Seeds
 from perjac.shapes import size
@@ -31,9 +32,16 @@ from perjac.sources import Source
 from perjac.tape import Tape
 from perjac.trace import Callee, Program
 
+# Operations whose result lies in the memory of their operand.
+_VIEWS = ("Reshape", "Identity", "Squeeze", "ExpandDims", "StopGradient")
+
 
 class NotForXla(Exception):
     """Raised where XLA cannot compile a model; it has to be traced anew to go without."""
+
+
+class _Failed(Exception):
+    """Raised where the factored path fails; its cause tells how."""
 
 
 class Traced:
@@ -173,20 +181,25 @@ class Traced:
     def _footprint(self, head: str) -> int:
         graph, extents = self.program.graph, self.program.extents
         needed = sites.upstream(self.program, [head])
-        tensors = [t for op in graph.get_operations() if op.name in needed for t in op.outputs]
+        operations = [op for op in graph.get_operations() if op.name in needed]
+        tensors = [t for op in operations if op.type not in _VIEWS for t in op.outputs]
         return sum(
             extents[t.name].fold * size(extents[t.name].rest) * t.dtype.size
             for t in tensors
             if t.name in extents
         )
 
-    def outputs(self, head: str, batch: Batch) -> tf.Tensor:
+    def outputs(self, head: str, batch: Batch, memory_limit: int | str | None = None) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
         if batch.size == 0:  # which TensorFlow's own reshapes, of -1 by nothing, may get wrong
             dtype = self.program.graph.get_tensor_by_name(head).dtype
             return tf.zeros([0, *self.row_shape(head)], dtype)
         job = self._job(head, [], {}, ("all", 1), 1, tf.float32)
-        return job.run(batch.tensors, tf.zeros([0], tf.int32))[0]
+        load = Load(1, True, self.footprint(head))
+        runs = load.runs(batch.size, load.room(batch.size, memory_limit))
+        nothing = tf.zeros([0], tf.int32)
+        parts = [job.run(batch.part(where).tensors, nothing)[0] for where in runs]
+        return joined(parts)
 
     def answers(
         self,
@@ -214,47 +227,83 @@ class Traced:
         dtype = held_in([s.dtype for s in sources])
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
         if batch.size == 0 or chosen.count == 0:
-            return self.outputs(head, batch), question({s.key: nothing(s) for s in sources})
+            answers = question({s.key: nothing(s) for s in sources})
+            return self.outputs(head, batch, memory_limit), answers
         weights = [s for s in sources if s.kind == "weight"]
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
-        _check_memory(decisions, others, batch.size, chosen.count, memory_limit)
+        load = self._load(head, decisions, others, chosen.count, question == THEMSELVES)
+        memory.check(
+            batch.size * load.held, memory_limit,
+            f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
+            "Give fewer examples at a time, or choose outputs=.",
+        )  # fmt: skip
+        room = load.room(batch.size, memory_limit)
+        factored = [d for d in decisions if d.path == "factored"]
         taped = [d.source for d in decisions if d.path == "tape"]
         if self._why_tape(head):
             taped, others = list(sources), []
-        try:
-            result, answers, fine, fine_variables = self._sweep(
-                head,
-                [d for d in decisions if d.path == "factored"],
-                others,
-                batch,
-                chosen,
-                dtype,
-                question,
-            )
-        except (NotForXla, tf.errors.ResourceExhaustedError):
-            raise
-        except Exception as failure:  # TensorFlow raises whatever an unforeseen graph runs into
-            if self._path == "factored" or taped == list(sources):
-                raise
-            self._give_up(head, failure)
-            return self.answers(head, sources, batch, chosen, memory_limit, question)
-        batch.check_finite(fine.numpy())
-        self._check_variables(bool(fine_variables.numpy().all()))
+        outputs: list[tf.Tensor] = []
         lost: set[Source] = set()
-        if taped:
-            tape = self._tape(head, taped, chosen.kind)
-            explicit = {
-                source.key: Explicit(Relabelling.of(source.shape), rows).cast(dtype)
-                for source, rows in zip(taped, tape(batch.tensors, chosen), strict=True)
-            }
-            answers |= query(question)(explicit)
-            lost = tape.disconnected
+
+        def run(where: slice) -> dict[str, Any]:
+            part, seeds = batch.part(where), chosen.part(where)
+            try:
+                output, answers, *fine = self._sweep(
+                    head, factored, others, part, seeds, dtype, question, load, room
+                )
+            except (NotForXla, tf.errors.ResourceExhaustedError):
+                raise
+            except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
+                if self._path == "factored" or taped == list(sources):
+                    raise
+                raise _Failed from failure
+            batch.check_finite(fine[0].numpy())
+            self._check_variables(bool(fine[1].numpy().all()))
+            outputs.append(output)
+            if taped:
+                tape = self._tape(head, taped, seeds.kind)
+                explicit = {
+                    source.key: Explicit(Relabelling.of(source.shape), rows).cast(dtype)
+                    for source, rows in zip(taped, tape(part.tensors, seeds), strict=True)
+                }
+                answers |= query(question)(explicit)
+                lost.update(tape.disconnected)
+            return answers
+
+        try:
+            runs = load.runs(batch.size, room)
+            answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
+        except _Failed as failed:
+            self._give_up(head, failed.__cause__)
+            return self.answers(head, sources, batch, chosen, memory_limit, question)
         missing = [s for s in sources if s in lost or s.key not in answers]
         if missing:
             _warn_disconnected(self.program.called(head), missing)
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
-        return result, {s.key: answers[s.key] for s in sources}
+        return joined(outputs), {s.key: answers[s.key] for s in sources}
+
+    def _load(
+        self,
+        head: str,
+        decisions: Sequence[Decision],
+        others: Sequence[Source],
+        count: int,
+        kept: bool = True,
+    ) -> Load:
+        """Return what one example takes while it is swept."""
+        about = (*(d.source for d in decisions), *others)
+        return self.once(
+            ("load", head, about, count, kept, self._why_tape(head), self._order),
+            lambda: Load.of(
+                decisions,
+                others,
+                count,
+                unrolls(self.program, head, rows_at_once(self.program, count)),
+                self.footprint(head),
+                kept,
+            ),
+        )
 
     def body(
         self, head: str, sources: Sequence[Source], batch: Batch, chosen: Seeds
@@ -269,7 +318,7 @@ class Traced:
         tensors = {
             s: s.tensor or self.program.inputs[s.index] for s in sources if s.kind != "weight"
         }
-        chunk = chunk_of(self.program, head, chosen.count, batch.size)
+        chunk = self._load(head, decisions, tuple(tensors), chosen.count).together(batch.size, MOST)
         job = self._job(head, decisions, tensors, chosen.signature, chunk, dtype)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
 
@@ -279,7 +328,7 @@ class Traced:
 
         return run
 
-    def _give_up(self, head: str, failure: Exception) -> None:
+    def _give_up(self, head: str, failure: BaseException | None) -> None:
         """Let everything go to the tape from here on, and say so."""
         text = f"{failure}".strip().partition("\n")[0][:200]
         self._refused[head] = f"the factored path fails with {type(failure).__name__}: {text}"
@@ -298,6 +347,8 @@ class Traced:
         chosen: Seeds,
         dtype: tf.DType,
         question: Question,
+        load: Load,
+        room: int,
     ) -> tuple:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
@@ -305,10 +356,7 @@ class Traced:
         asked = question if len(blocks) == 1 else THEMSELVES
         answers = []
         for block in blocks:
-            chunk = self.once(
-                ("chunk", head, block.count, batch.size),
-                functools.partial(chunk_of, self.program, head, block.count, batch.size),
-            )
+            chunk = load.together(batch.size, room)
             job = self._job(head, decisions, tensors, block.signature, chunk, dtype, asked)
             try:
                 answers.append(job.run(batch.tensors, block.payload))
@@ -374,23 +422,6 @@ class Traced:
                     f"Weight {key!r} has NaN or Inf. The model has probably diverged in "
                     "training: go back to an earlier checkpoint."
                 )
-
-
-def _check_memory(
-    decisions: Sequence[Decision],
-    others: Sequence[Source],
-    batch: int,
-    count: int,
-    memory_limit: int | str | None,
-) -> None:
-    held = sum((d.entries or 0) * d.source.dtype.size for d in decisions)
-    held += sum(count * source.size * source.dtype.size for source in others)
-    memory.check(
-        batch * held,
-        memory_limit,
-        f"Even unformed, the Jacobian of {batch} examples × {count} outputs",
-        "Give fewer examples at a time, or choose outputs=.",
-    )
 
 
 def _finder(program: Program, name: str) -> Callable[..., tf.Tensor]:

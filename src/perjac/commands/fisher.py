@@ -167,11 +167,9 @@ class Found:
     form: Form
 
     @classmethod
-    def of(cls, wanted: Wanted, fisher: Any) -> Found:
-        """Compute the form, in one pass over the data or a few, and all that is written of it."""
-        make = fisher.exact if wanted.form == "spectrum" else getattr(fisher, wanted.form)
-        how = {} if wanted.approximation is None else {"approximation": wanted.approximation}
-        found = cls(wanted, fisher, make(**how))
+    def of(cls, wanted: Wanted, fisher: Any, form: Form) -> Found:
+        """Compute all that is written of a form."""
+        found = cls(wanted, fisher, form)
         _ = found.arrays
         return found
 

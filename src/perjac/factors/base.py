@@ -21,7 +21,7 @@ from perjac.sketch import Side
 # Above so many entries for one example, rows that are only an intermediate are formed example by
 # example: they then stay in the processor's cache, and a big layer's rows for a whole batch would
 # be larger than the answer by orders.
-_FORM_AT_ONCE = 2**18
+FORM_AT_ONCE = 2**18
 # Rows up to so many times larger than their factor are formed at once.
 _HARDLY_LARGER = 1.25
 # Relative error of a sum of squares in float64, and some more.
@@ -51,6 +51,11 @@ class Factor:
         """Numbers held for one example, or None where a shape is unknown."""
         sizes = [t.shape[1:].num_elements() for t in tf.nest.flatten(self, expand_composites=True)]
         return None if None in sizes else sum(sizes)
+
+    @property
+    def laid_out(self) -> int:
+        """Numbers that one example's sides become before they are multiplied."""
+        return 0
 
     @property
     def rank_one(self) -> bool:
@@ -219,7 +224,7 @@ class Factor:
 
     def _large(self, between: int = 0) -> bool:
         entries = max(size(self.layout.target), between)
-        return (self.row_count or 1) * entries > _FORM_AT_ONCE
+        return (self.row_count or 1) * entries > FORM_AT_ONCE
 
     def _each_example(self, ask: Callable[[Any], tf.Tensor], between: int = 0) -> tf.Tensor:
         """Ask all examples at once, or one after another where the rows would be large.

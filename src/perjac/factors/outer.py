@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors.base import _FORM_AT_ONCE, Factor, gram_of
+from perjac.factors.base import FORM_AT_ONCE, Factor, gram_of
 from perjac.factors.moments import Moments, grouped_moment, moment
 from perjac.factors.way import Way
 from perjac.layout import Relabelling
@@ -37,6 +37,11 @@ class Outer(Factor):
     def positions(self) -> int | None:
         """T, where it is known."""
         return self.delta.shape[2]
+
+    @property
+    def laid_out(self) -> int:
+        """The windows of a convolution; nothing where the left side is a tensor."""
+        return self.a.entries if isinstance(self.a, Patches) else 0
 
     @property
     def rank_one(self) -> bool:
@@ -152,7 +157,7 @@ class Outer(Factor):
             a = tf.reduce_mean(part.columns, 1) if reduce else part.columns
             return moment(a, most)
 
-        if not isinstance(self.a, Patches) or (self.positions or 1) * inputs <= _FORM_AT_ONCE:
+        if not isinstance(self.a, Patches) or (self.positions or 1) * inputs <= FORM_AT_ONCE:
             return ask(self)
         start = tf.zeros([1, inputs] if inputs > most else [1, inputs, inputs], self.delta.dtype)
         return self._one_by_one(ask, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,22 +13,23 @@ import tensorflow as tf
 
 from perjac import memory
 from perjac.errors import InputError, PerjacError, TooLargeError, check_one_of
-from perjac.fisher.blocks import Block, BlockForm, Dense, Diagonal
+from perjac.fisher.blocks import Block, BlockForm
 from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form
 from perjac.fisher.implicit import Implicit
 from perjac.fisher.kronecker import (
     APPROXIMATIONS,
-    Kronecker,
+    SideSums,
     asked,
     eigenbasis_blocks,
-    kronecker_blocks,
 )
 from perjac.fisher.low_rank import LowRank
 from perjac.fisher.of_rows import Passes
-from perjac.fisher.products import row_count, second_moment
+from perjac.fisher.products import row_count
 from perjac.fisher.root import Root
 from perjac.fisher.stream import Stream
+from perjac.fisher.sums import Diagonals, Matrices
+from perjac.progress import Stopped
 from perjac.questions import Question, Squares
 from perjac.rows import Rows
 
@@ -53,6 +54,9 @@ class Fisher:
         The weights, in the order of the P numbers.
     shape : tuple of int
         (P, P).
+    partial : BlockForm or None
+        Of the examples that were done when the last pass was stopped (`progress.stoppable`), for
+        the forms that merge: `dense`, `blocks`, `diagonal` and `kronecker`.
 
     Examples
     --------
@@ -66,6 +70,8 @@ class Fisher:
     def __init__(self, root: Root, data: Any, reduction: str, variance: Any = 1.0):
         check_one_of(reduction, _REDUCTIONS, "reduction")
         self._root, self._stream, self.reduction = root, Stream.of(data), reduction
+        self._start = 0
+        self.partial: BlockForm | None = None
         if variance != 1.0 and not root.has_variance:
             raise InputError(f"variance= is of likelihood='gaussian'. Received: {variance!r}.")
         x, y = self._stream.first(_FEW)
@@ -104,6 +110,23 @@ class Fisher:
             return self._stream.size
         return sum(len(tf.nest.flatten(x)[0]) for _, x, _ in self._stream.batches(2**62))
 
+    def after(self, done: int) -> Fisher:
+        """Return the Fisher information of the examples from number `done` on.
+
+        Its forms merge with those of the examples before into those of all: an example keeps its
+        number, and with it what is drawn for it.
+        """
+        if not 0 <= done < self.examples:
+            raise InputError(
+                f"Expected a number of examples from 0 to {self.examples - 1}. Received: {done!r}."
+            )
+        other = copy.copy(self)
+        other._start = self._start + done
+        other.partial = None
+        other.__dict__.pop("_exact", None)
+        other.__dict__["examples"] = self.examples - done
+        return other
+
     def rows(self, formed: int = 0) -> Iterator[Rows]:
         """Give the rows of a square root of N·F, batch by batch: N·F = scale · Σ rowᵀ row.
 
@@ -122,13 +145,28 @@ class Fisher:
 
     def _passed(self, ask: Callable[..., Iterator[Any]], examples: int, most: int) -> Iterator[Any]:
         """Give what is asked of each batch, at most so many examples and rows at a time."""
-        for start, x, y in self._stream.batches(examples):
+        self._done = 0
+        for start, x, y in self._stream.batches(examples, self._start):
             try:
                 yield from ask(self._root.engine.traces.prepare(x), y, start, most)
             except PerjacError as failure:
                 if start:
                     failure.add_note(f"Examples are counted from number {start}.")
                 raise
+            self._done = start + len(tf.nest.flatten(x)[0]) - self._start
+
+    def _made(self, sums: Any, parts: Iterable[Any]) -> BlockForm:
+        """Return the form of sums over all parts; where the pass is stopped, keep what is done."""
+        self.partial = None
+        try:
+            for part in parts:
+                sums.add(part)
+        except Stopped:
+            done = copy.copy(self)
+            done.__dict__["examples"] = self._done
+            self.partial = done._form(sums.blocks(done._scale))
+            raise
+        return self._form(sums.blocks(self._scale))
 
     def _wide_rows(self, formed: int = 0) -> Iterator[Rows]:
         """Give the rows in float64.
@@ -167,20 +205,11 @@ class Fisher:
             f"Fisher information as {'a matrix' if len(sizes) == 1 else 'blocks'} of {sizes} rows",
             "Choose diagonal(), kronecker(), low_rank() or operator(), or fewer weights with wrt=.",
         )  # fmt: skip
-        totals = [np.zeros((size, size)) for size in sizes]
-        for rows in self._wide_rows(2 * 8 * max(sizes)):
-            for keys, total in zip(found, totals, strict=True):
-                total += second_moment(rows, keys)
-        scale = self._scale
-        return self._form({k: Dense(t * scale) for k, t in zip(found, totals, strict=True)})
+        return self._made(Matrices(found, sizes), self._wide_rows(2 * 8 * max(sizes)))
 
     def diagonal(self) -> BlockForm:
         """Return the diagonal, without forming the rest."""
-        totals: dict[str, np.ndarray] = {}
-        for squares in self._answers(self._root, Squares()):
-            for key, part in squares.items():
-                _add(totals, key, np.asarray(part))
-        return self._form({(k,): Diagonal(total, self._scale) for k, total in totals.items()})
+        return self._made(Diagonals(), self._answers(self._root, Squares()))
 
     def kronecker(self, approximation: str = "expand") -> BlockForm:
         """Return KFAC: for each weight a block A ⊗ B, of what comes in and what goes back.
@@ -241,7 +270,8 @@ class Fisher:
         ((1, 4, 4), (1, 3, 3))
         """
         check_one_of(approximation, APPROXIMATIONS, "approximation")
-        return self._form(self._kronecker(approximation))
+        sums = SideSums(self._root.engine.memory_limit)
+        return self._made(sums, self._answers(self._sided(), asked(approximation)))
 
     def eigenbasis(self, approximation: str = "expand") -> BlockForm:
         """Return EKFAC: KFAC's eigenvectors, and F's own diagonal in their basis.
@@ -278,7 +308,10 @@ class Fisher:
         True
         """
         check_one_of(approximation, APPROXIMATIONS, "approximation")
-        blocks = self._kronecker(approximation)
+        sums = SideSums(self._root.engine.memory_limit)
+        for sides in self._answers(self._sided(), asked(approximation)):
+            sums.add(sides)
+        blocks = sums.blocks(self._scale)
         root = self._sided()
         rows = self._passed(root.parts, *root.at_once(self._few))
         return self._form(eigenbasis_blocks(rows, blocks, self._scale))
@@ -374,10 +407,6 @@ class Fisher:
     def _form(self, blocks: Mapping[tuple[str, ...], Block]) -> BlockForm:
         return BlockForm(self.columns, self.examples, blocks, self.reduction)
 
-    def _kronecker(self, approximation: str) -> dict[tuple[str, ...], Kronecker]:
-        moments = self._answers(self._sided(), asked(approximation))
-        return kronecker_blocks(moments, self._scale, self._root.engine.memory_limit)
-
     def _sided(self) -> Root:
         """Return what makes the rows, of factors that keep their sides a and δ."""
         engine = copy.copy(self._root.engine)
@@ -418,13 +447,3 @@ class Fisher:
         if total == 0:
             raise InputError("variance='fitted' is zero: the outputs are the labels.")
         return total / count
-
-
-def _add(totals: dict[str, np.ndarray], key: str, part: np.ndarray) -> None:
-    """Add to a total in float64. The first part is kept as it is: often there is no other."""
-    if key not in totals:
-        totals[key] = part
-    elif totals[key].dtype == np.float64 and totals[key].flags.writeable:
-        totals[key] += part
-    else:
-        totals[key] = np.add(totals[key], part, dtype="f8")

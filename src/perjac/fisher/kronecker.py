@@ -178,56 +178,64 @@ class Eigenbasis(Block):
 
 
 def asked(approximation: str) -> SideMoments:
-    """Return what `kronecker_blocks` is made of, as a question about rows."""
+    """Return what `SideSums` adds up, as a question about rows."""
     return SideMoments(approximation == "reduce", _LONGEST)
 
 
-def kronecker_blocks(
-    parts: Iterable[Mapping[str, Sides]], scale: float, memory_limit: int | str | None
-) -> dict[tuple[str, ...], Kronecker]:
-    """Return KFAC's block of each weight.
+class SideSums:
+    """Sums of both sides' moments over rows, of which KFAC's blocks are made.
 
     Parameters
     ----------
-    parts : iterable of mapping of str to Sides
-        The answers to `asked` of all rows of a square root.
-    scale : float
-        What Σ rowᵀ row is multiplied by.
     memory_limit : int, str or None
         For the sides.
-
-    Raises
-    ------
-    TooLargeError
-        If the sides do not fit.
-
-    Warns
-    -----
-    PerjacWarning
-        Where a side is so long that only its diagonal is kept.
     """
-    totals: dict[str, list[np.ndarray]] = {}
-    layouts: dict[str, Relabelling] = {}
-    for found in parts:
+
+    def __init__(self, memory_limit: int | str | None):
+        self._memory_limit = memory_limit
+        self._totals: dict[str, list[np.ndarray]] = {}
+        self._layouts: dict[str, Relabelling] = {}
+
+    def add(self, found: Mapping[str, Sides]) -> None:
+        """Add the answers to `asked` of some rows of a square root.
+
+        Raises
+        ------
+        TooLargeError
+            If the sides do not fit.
+
+        Warns
+        -----
+        PerjacWarning
+            Where a side is so long that only its diagonal is kept.
+        """
         readings = {key: sides.reading for key, sides in found.items()}
         moments = {key: (s.left, s.right, s.count) for key, s in found.items()}
-        if not totals:
-            layouts = readings
-            _check_sides(found, memory_limit)
-            totals = {k: [np.array(part, "f8") for part in three] for k, three in moments.items()}
-            continue
-        if layouts != readings:
+        if not self._totals:
+            self._layouts = readings
+            _check_sides(found, self._memory_limit)
+            self._totals = {
+                key: [np.array(part, "f8") for part in three] for key, three in moments.items()
+            }
+            return
+        if self._layouts != readings:
             raise InputError("The weights meet the data in another way in a later batch. Give "
                              "batches of examples of one shape.")  # fmt: skip
-        for key, sums in totals.items():
+        for key, sums in self._totals.items():
             for total, part in zip(sums, moments[key], strict=True):
                 total += np.asarray(part)
-    blocks = {}
-    for key, (left, right, count) in totals.items():
-        left /= _beside(np.where(count, count, 1), left)
-        right *= scale
-        blocks[(key,)] = Kronecker(left, right, count, _order(layouts[key]))
-    return blocks
+
+    def blocks(self, scale: float) -> dict[tuple[str, ...], Kronecker]:
+        """Return KFAC's block of each weight; `scale` is what Σ rowᵀ row is multiplied by."""
+        return {
+            (key,): Kronecker(
+                left / _beside(np.where(count, count, 1), left),
+                right * scale,
+                count,
+                _order(self._layouts[key]),
+            )
+            for key, (left, right, count) in self._totals.items()
+        }
 
 
 def eigenbasis_blocks(
@@ -240,7 +248,7 @@ def eigenbasis_blocks(
     parts : iterable of Rows
         All rows, once more.
     blocks : mapping
-        What `kronecker_blocks` gave.
+        What `SideSums` made.
     scale : float
         What Σ rowᵀ row is multiplied by.
     """

@@ -69,8 +69,10 @@ class Stream:
                 return _part(x, slice(0, count)), _part(y, slice(0, count))
         raise InputError("Expected at least one example. Received an empty data set.")
 
-    def batches(self, most: int) -> Iterator[tuple[int, Any, Any]]:
+    def batches(self, most: int, start: int = 0) -> Iterator[tuple[int, Any, Any]]:
         """Give (number of the first example, x, y) for at most so many examples at a time.
+
+        Those before number `start` are left out.
 
         Raises
         ------
@@ -82,10 +84,14 @@ class Stream:
             count = _count(x) if y is None else _count(x, y)
             if not count:
                 continue
-            pieces = -(-count // most)  # of nearly one size
-            for piece in np.array_split(np.arange(count), pieces):
+            skipped = min(max(start - done, 0), count)
+            done += skipped
+            pieces = -(-(count - skipped) // most)  # of nearly one size
+            for piece in np.array_split(np.arange(skipped, count), max(pieces, 1)):
+                if not len(piece):
+                    continue
                 where = slice(int(piece[0]), int(piece[-1]) + 1)
-                whole = pieces == 1
+                whole = len(piece) == count
                 yield done, x if whole else _part(x, where), y if whole else _part(y, where)
                 done += len(piece)
                 self._least = max(self._least, done)

@@ -1,0 +1,105 @@
+"""How many examples are swept at a time, so that what a sweep makes on the way fits into memory.
+
+Knows what a plan's decisions say of one example; must not know what is computed of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from perjac import memory
+from perjac.factors.base import FORM_AT_ONCE
+from perjac.plan import Decision, rows_together
+from perjac.sources import Source
+
+# Bytes made on the way at a time, however much memory there is: larger chunks are no faster.
+MOST = 2**30
+# Copies of all rows' cotangents that there are at a time: row by row, and side by side; where rows
+# are swept together also in the order of rows, before that of examples.
+_UNROLLED, _VECTORISED = 2, 3
+# For what the allocator keeps, and what is not counted.
+_SPARE = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What one example takes while it is swept, in bytes.
+
+    Attributes
+    ----------
+    count : int
+        K.
+    unrolled : bool
+        Whether rows are swept one after another.
+    forward : int
+        All tensors on the way to the output.
+    swept : int
+        The cotangents of all rows, as far as they are used.
+    formed : int
+        What is made of these.
+    held : int
+        What is left at the end.
+    """
+
+    count: int
+    unrolled: bool
+    forward: int
+    swept: int = 0
+    formed: int = 0
+    held: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        decisions: Sequence[Decision],
+        others: Sequence[Source],
+        count: int,
+        unrolled: bool,
+        forward: int,
+        kept: bool,
+    ) -> Load:
+        """Return the load of a plan: decisions about weights, other sources, K rows.
+
+        `kept` tells whether factors are, or only what is asked of them, which is of no example.
+        """
+        rows = sum(count * s.size * s.dtype.size for s in others)
+        swept = rows + sum(d.swept * d.source.dtype.size for d in decisions)
+        formed = sum(d.formed * d.source.dtype.size for d in decisions)
+        held = rows + sum((d.entries or 0) * d.source.dtype.size for d in decisions)
+        if kept:
+            return cls(count, unrolled, forward, swept, formed, held)
+        asked = sum(
+            min(count * d.source.size, FORM_AT_ONCE) * d.source.dtype.size for d in decisions
+        )
+        return cls(count, unrolled, forward, swept, formed + held + asked)
+
+    def together(self, batch: int, room: int) -> int:
+        """Return how many rows of a batch to sweep together, in so many bytes; 1 is to unroll."""
+        if self.unrolled:
+            return 1
+        return rows_together(self.count, batch, room / max(2 * self.forward, 1))
+
+    def passing(self, batch: int, room: int) -> int:
+        """Return the bytes that a batch takes on the way to its answer."""
+        copies = _UNROLLED if self.unrolled else _VECTORISED
+        sweeping = self.forward * (1 + self.together(batch, room))
+        return int(_SPARE * batch * (sweeping + copies * self.swept + self.formed))
+
+    def room(self, batch: int, setting: int | str | None) -> int:
+        """Return the bytes that there are on the way, where the answers of a batch are held."""
+        if setting is None and self.passing(batch, MOST) <= memory.SMALL:
+            return MOST
+        allowed = memory.limit(setting) or math.inf
+        return int(min(max(allowed - batch * self.held, 1), MOST))
+
+    def runs(self, batch: int, room: int) -> list[slice]:
+        """Cut a batch into runs of examples that fit, all but the last of one size."""
+        fitting = batch
+        while fitting > 1 and (passing := self.passing(fitting, room)) > room:
+            fitting = max(1, min(fitting - 1, fitting * room // passing))
+        pieces = math.ceil(batch / fitting)
+        length = math.ceil(batch / pieces)
+        starts = range(0, batch, length)
+        return [slice(start, min(start + length, batch)) for start in starts]
