@@ -108,7 +108,7 @@ def _order(engine: Any, job: str, x: Any) -> list[str]:
     """Return the names of a program's results, in the order that peers give them."""
     if job == "gradient_norms":
         return ["norms"]
-    return list(engine.jacobian(x[:1], wrt="inputs" if job == "inputs" else "weights"))
+    return list(engine.jacobian(x, outputs=0, wrt="inputs" if job == "inputs" else "weights"))
 
 
 def _runner(folder: pathlib.Path) -> None:
