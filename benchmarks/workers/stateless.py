@@ -15,7 +15,7 @@ def stateless(work: Work, backend: str) -> tuple[Callable, list[Any]]:
     os.environ["KERAS_BACKEND"] = backend
     import keras
 
-    if backend == "torch":
+    if backend == "torch" and len(work.about["shape"]) == 3:
         # As torch lays pictures out; and its convolutions' other way cannot be mapped over.
         keras.config.set_image_data_format("channels_first")
     net = MODELS[work.about["model"]].keras()
