@@ -85,7 +85,8 @@ class Load:
         """Return the bytes that a batch takes on the way to its answer."""
         copies = _UNROLLED if self.unrolled else _VECTORISED
         sweeping = self.forward * (1 + self.together(batch, room))
-        return int(_SPARE * batch * (sweeping + copies * self.swept + self.formed))
+        made = copies * self.swept + self.formed + self.held  # which is then joined to the others
+        return int(_SPARE * batch * (sweeping + made))
 
     def room(self, batch: int, setting: int | str | None) -> int:
         """Return the bytes that there are on the way, where the answers of a batch are held."""

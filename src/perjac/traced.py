@@ -198,7 +198,8 @@ class Traced:
         load = Load(1, True, self.footprint(head))
         runs = load.runs(batch.size, load.room(batch.size, memory_limit))
         nothing = tf.zeros([0], tf.int32)
-        parts = [job.run(batch.part(where).tensors, nothing)[0] for where in runs]
+        batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
+        parts = [job.run(part.tensors, nothing)[0] for part in batches]
         return joined(parts)
 
     def answers(
@@ -247,7 +248,9 @@ class Traced:
         lost: set[Source] = set()
 
         def run(where: slice) -> dict[str, Any]:
-            part, seeds = batch.part(where), chosen.part(where)
+            whole = where == slice(0, batch.size)
+            part = batch if whole else batch.part(where)
+            seeds = chosen if whole else chosen.part(where)
             try:
                 output, answers, *fine = self._sweep(
                     head, factored, others, part, seeds, dtype, question, load, room
