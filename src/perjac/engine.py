@@ -19,7 +19,7 @@ from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
 from perjac.sources import Source
 from perjac.traced import NotForXla, Traced
-from perjac.traces import Traces
+from perjac.traces import LOSS, Traces
 from perjac.trust import Trust
 
 _OPTIONS = {
@@ -252,7 +252,7 @@ class Engine(Trust):
         """
         objective = self._objectives.of(loss, loss_weights, class_weight)
         batch = self._labelled(x, y, objective, sample_weight)
-        losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
+        losses, factors, sources, _ = self._derived(batch, objective, LOSS, wrt)
         return Gradients(
             factors,
             sources,
@@ -358,14 +358,14 @@ class Engine(Trust):
             return self._derived(self.traces.prepare(x), None, of, wrt, question, **asked)[1]
         objective = self._objectives.of(asked["loss"], None, None)
         batch = self._labelled(x, asked["y"], objective, None)
-        return self._derived(batch, objective, None, wrt, question)[1]
+        return self._derived(batch, objective, LOSS, wrt, question)[1]
 
     def _labelled(self, x: Any, y: Any, objective: Objective, sample_weight: Any) -> inputs.Batch:
         """Return a batch of examples with their labels."""
         given = self.traces.prepare(x)
         wide = at_least_float32(self.traces.floating)
         batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
-        self._objectives.check(objective, given, batch, self._outputs)
+        self._objectives.check(objective, batch)
         return batch
 
     def _derived(

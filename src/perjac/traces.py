@@ -20,6 +20,9 @@ from perjac.naming import Names
 from perjac.normalise import normalise
 from perjac.traced import Traced
 
+# The heads of a model with its loss behind it: the loss, and the outputs that it is of.
+LOSS, BEHIND = "loss", "outputs/{}"
+
 
 class Traces:
     """A model bound once.
@@ -112,12 +115,14 @@ class Traces:
         return arrays[0] if len(arrays) == 1 else arrays
 
     def _with_loss(self, objective: Objective) -> tracing.Callee:
-        """Return the model with its loss behind it: (x, y, sample_weight) to {"loss": (B,)}."""
+        """Return the model with its loss behind it: (x, y, sample_weight) to losses (B,)."""
         callee = self._callee
 
         def losses(arguments: Any) -> dict[str, tf.Tensor]:
             x, y, sample_weight = arguments
             outputs = callee.function(x)
-            return {"loss": objective(outputs, callee.heads(outputs), y, sample_weight)}
+            heads = callee.heads(outputs)
+            loss = objective(outputs, heads, y, sample_weight)
+            return {LOSS: loss} | {BEHIND.format(name): head for name, head in heads.items()}
 
         return tracing.Callee(losses, callee.model)
