@@ -20,6 +20,10 @@ def tripled(w):
     return tf.identity(w), lambda dy: 3 * dy
 
 
+def to_the_fourth(a):
+    return tf.while_loop(lambda n, p: n < 3, lambda n, p: (n + 1, p * a), (0, a))[1]
+
+
 C, D, E = numbers(4), numbers(3, 2, 4), numbers(5, 1, 4)
 # What is made of a (4,) and b (2, 4): entry by entry, not so, and a mixture of both.
 PSIS = {
@@ -31,6 +35,7 @@ PSIS = {
     "products and roots": lambda a, b: [tf.matmul(b, b, transpose_b=True) + 1, tf.sqrt(a * a) * C],
     "used twice": lambda a, b: [a, a, b * a, tf.exp(a)],
     "a gradient of its own": lambda a, b: [tripled(a) * C, b],
+    "a loop": lambda a, b: [to_the_fourth(a) * C, b],
     "of one alone": lambda a, b: [-a],
 }
 

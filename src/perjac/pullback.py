@@ -136,6 +136,16 @@ _STEPS: dict[str, Callable[[Any, int, tf.Tensor], tf.Tensor]] = {
 }
 
 
+# pfor makes lists of lists of a loop's steps, which XLA does not know: rows go one after another.
+_LOOPS = {"While", "StatelessWhile"}
+
+
+def _between(psis: Sequence[tf.Tensor], values: Mapping[int, tf.Tensor]) -> list[Any]:
+    """Return the operations between the variables and each ψ."""
+    ends = {value.ref() for value in values.values()}
+    return [reference.deref().op for reference in _reaching(psis, ends) if reference not in ends]
+
+
 def _by_gradient(
     parametrised: Sequence[Rows], values: Mapping[int, tf.Tensor]
 ) -> dict[int, tf.Tensor]:
@@ -156,7 +166,12 @@ def _by_gradient(
         reached[:] = [n for n, g in zip(values, gradients, strict=True) if g is not None]
         return [tf.convert_to_tensor(g) for g in gradients if g is not None] or [tf.zeros([])]
 
-    pulled = tf.vectorized_map(pull, flat)
+    if any(op.type in _LOOPS for op in _between(psis, values)):
+        pull([tf.zeros(psi.shape, psi.dtype) for psi in psis])  # to see what is reached; pruned
+        signature = [tf.TensorSpec(values[n].shape, values[n].dtype) for n in reached]
+        pulled = tf.map_fn(pull, flat, fn_output_signature=signature) if reached else []
+    else:
+        pulled = tf.vectorized_map(pull, flat)
     return {
         n: tf.reshape(rows, [*lead, *known(values[n].shape)])
         for n, rows in zip(reached, pulled, strict=bool(reached))
