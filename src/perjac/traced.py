@@ -389,12 +389,10 @@ class Traced:
         known = job, batch.size if self._jit else None
         if known in self._ran:
             return job.run(batch.tensors, chosen.payload)
-        rows = f"{chosen.count} row{'s' if chosen.count > 1 else ''} an example"
         size = f" for batches of {batch.size}" if self._jit else ""
-        with progress.doing(f"compiling the sweep of {rows}{size}"):
-            found = job.run(batch.tensors, chosen.payload)
-        self._ran.add(known)
-        return found
+        with progress.doing(f"compiling the sweep{size}"):
+            self._ran.add(known)
+            return job.run(batch.tensors, chosen.payload)
 
     def _job(
         self,
