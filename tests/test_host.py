@@ -107,3 +107,22 @@ def test_one_operation_can_be_differentiated_by_itself():
         return host.gradient_function(op)(op, 2 * tf.ones_like(x))
 
     np.testing.assert_array_equal(twice(tf.constant([-1.0, 3.0])), [0, 2])
+
+
+def test_large_graphs_run_without_being_rewritten(monkeypatch):
+    monkeypatch.setattr(host, "_MANY_OPERATIONS", 2)
+    here = host.context.context()
+    usual = here.function_call_options
+    with host.as_it_is():
+        settings = host.config_pb2.ConfigProto.FromString(
+            here.function_call_options.config_proto_serialized
+        )
+        assert settings.graph_options.rewrite_options.disable_meta_optimizer
+    seen = []
+    monkeypatch.setattr(host, "_unchanged", lambda options: seen.append(options) or options)
+    small, large = (host.compiled(f) for f in (lambda x: x, lambda x: x * x + x / 2))
+    np.testing.assert_allclose(large(tf.constant(3.0)), 10.5)
+    assert len(seen) == 1
+    np.testing.assert_allclose(small(tf.constant(3.0)), 3)
+    assert len(seen) == 1
+    assert here.function_call_options is usual

@@ -25,9 +25,9 @@ FLOORS = [
     {"plan"},
     {"sweep", "tape", "jacobian", "gradients"},
     {"rules"},
-    {"factors", "sites"},
+    {"factors", "sites", "pullback"},
     {"trace"},
-    {"host", "errors"},
+    {"host", "errors", "compiling"},
 ]
 PRIVATE = ("tensorflow.python", "tensorflow.compiler", "keras.src")
 LINES = 450  # "about 400"

@@ -44,3 +44,18 @@ def test_a_terminal_gets_bars():
         progress.tell(1, 2)
     assert "Batches" in out.getvalue()
     assert "100%" in out.getvalue()
+
+
+def test_a_terminal_shows_what_is_being_done():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out, pipe = Terminal(), io.StringIO()
+    for where in (out, pipe):
+        shown = screen.Screen(where, where)
+        with progress.read(shown.show), progress.doing("tracing the model"):
+            pass
+        shown.say("Done")
+    assert out.getvalue() == "\r\x1b[KTracing the model …\r\x1b[KDone\n"
+    assert pipe.getvalue() == "Done\n"

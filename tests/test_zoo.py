@@ -129,6 +129,49 @@ def difference(found: list[np.ndarray], right: list[np.ndarray], slack: float) -
     )
 
 
+# Members that show each way through XLA: `make test` compiles these, `make zoo` all.
+COMPILED = (
+    "squeeze-and-excitation", "dense silu", "conv3dtranspose", "while over a weight",
+    "MobileNetV2",
+)  # fmt: skip
+# Where TensorFlow's own gradient does not compile, and in which float type it does.
+TENSORFLOWS_OWN = {"U-Net: upsampling": "float32"}  # ResizeBilinearGrad is float32 under XLA
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in COMPILED else pytest.mark.large)
+        for name, entry in ENTRIES.items()
+        if name != REFUSED
+        and (entry.family != "applications" or entry.name in applications.SMALLEST)
+    ],
+)
+def test_what_tensorflow_compiles_is_compiled_with_its_jacobian(name):
+    entry = ENTRIES[name]
+    dtype = TENSORFLOWS_OWN.get(name, entry.dtypes[0])
+    subject = entry.subject(dtype)
+    x = tf.nest.map_structure(tf.convert_to_tensor, subject.x)
+    try:
+        output = tf.function(subject.call, autograph=False, jit_compile=True)(x)
+    except (tf.errors.OpError, ValueError) as failure:
+        pytest.skip(f"TensorFlow does not compile it: {str(failure).splitlines()[0][:200]}")
+    size = tf.size(head_of(output, entry.heads[0])[0])
+    asked = {"of": entry.heads[0], "outputs": list(entry.outputs or range(min(int(size), 2)))}
+    with warnings.catch_warnings():
+        for expected in (DisconnectedWarning, SlowPathWarning):
+            warnings.simplefilter("ignore", expected)
+        warnings.filterwarnings("error", "XLA does not compile", SlowPathWarning)
+        found = pj.Engine(subject.target, jit=True, **subject.options).jacobian(x, **asked)
+        right = pj.Engine(subject.target, jit=False, **subject.options).jacobian(x, **asked)
+    kind = "float8" if "float8" in name else dtype.removeprefix("mixed_")
+    pairs = [(np.asarray(found[key], "f8"), np.asarray(right[key], "f8")) for key in right]
+    scale = max(np.abs(rows).max() for _, rows in pairs)
+    assert scale > 0
+    worst = max(np.abs(mine - rows).max() for mine, rows in pairs) / scale
+    assert worst <= {"float64": 1e-10, "float32": 1e-5}.get(kind, TOLERANCE[kind])
+
+
 def test_a_branch_that_the_whole_batch_decides_about_is_refused():
     subject = ENTRIES[REFUSED].subject("float64")
     with pytest.raises(ExamplesMeetError):

@@ -116,8 +116,17 @@ class _Gradient:
         raised = any(dy.dtype != own.dtype for own, dy in pairs)
         wanted = [name for name in dict.fromkeys(self.dxs) if name is not None]
         made = [name for name in wanted if name not in feed]
+        definition = self._raised if raised else self.graph_def
+        used = {
+            reference if ":" in reference else f"{reference}:0"
+            for node in definition.node
+            for reference in node.input
+        }
         found = tf.graph_util.import_graph_def(
-            self._raised if raised else self.graph_def, feed, return_elements=made, name="custom"
+            definition,
+            {name: tensor for name, tensor in feed.items() if name in used},
+            return_elements=made,
+            name="custom",
         )
         tensors = dict(zip(made, found or [], strict=True)) | feed
         given = [None if name is None else tensors[name] for name in self.dxs]
@@ -129,8 +138,11 @@ class _Gradient:
 
 
 def _free(graph_def: Any) -> Any:
-    """Let no node wait for a placeholder, which is not there once something is fed for it."""
+    """Leave placeholders out, all of which are fed: XLA has no kernel for what is left of them."""
     waited = {f"^{node.name}" for node in graph_def.node if node.op == "Placeholder"}
+    for n in reversed(range(len(graph_def.node))):
+        if graph_def.node[n].op == "Placeholder":
+            del graph_def.node[n]
     for node in graph_def.node:
         node.input[:] = [reference for reference in node.input if reference not in waited]
     return graph_def

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
+from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
 from perjac.fisher.root import Root
@@ -18,8 +19,8 @@ from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
 from perjac.sources import Source
-from perjac.traced import NotForXla, Traced
-from perjac.traces import Traces
+from perjac.traced import Traced
+from perjac.traces import LOSS, Traces
 from perjac.trust import Trust
 
 _OPTIONS = {
@@ -49,8 +50,9 @@ class Engine(Trust):
     memory_limit : int or str, optional
         Bytes, or "4GiB", that a result may take; by default a share of what is free.
     jit : {"auto", True, False}
-        Whether XLA may assemble rank-one rows and compile recurrent loops, anew for each batch
-        size; "auto" does.
+        Whether XLA compiles all from inputs to factors into one program, anew for each batch
+        size. "auto" does on a GPU; on a CPU, where that is slower, it compiles recurrent loops and
+        the assembly of rank-one rows. What XLA cannot compile goes without, with a warning.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
 
@@ -96,7 +98,7 @@ class Engine(Trust):
         self.model = model = binding.loaded(model, signature)
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
-        self.traces = Traces(model, variables, training, path, self._jit)
+        self.traces = Traces(model, variables, training, path, jit)
         self._weights = self.traces.weights
         self._objectives = Objectives(model, self.traces)
 
@@ -165,7 +167,8 @@ class Engine(Trust):
         DisconnectedWarning
             Where the output does not depend on something asked about: its rows are zero.
         SlowPathWarning
-            Where the tape path has to go example by example.
+            Where the tape path has to go example by example, or XLA cannot compile what it was
+            asked to.
 
         Notes
         -----
@@ -252,7 +255,7 @@ class Engine(Trust):
         """
         objective = self._objectives.of(loss, loss_weights, class_weight)
         batch = self._labelled(x, y, objective, sample_weight)
-        losses, factors, sources, _ = self._derived(batch, objective, None, wrt)
+        losses, factors, sources, _ = self._derived(batch, objective, LOSS, wrt)
         return Gradients(
             factors,
             sources,
@@ -358,14 +361,14 @@ class Engine(Trust):
             return self._derived(self.traces.prepare(x), None, of, wrt, question, **asked)[1]
         objective = self._objectives.of(asked["loss"], None, None)
         batch = self._labelled(x, asked["y"], objective, None)
-        return self._derived(batch, objective, None, wrt, question)[1]
+        return self._derived(batch, objective, LOSS, wrt, question)[1]
 
     def _labelled(self, x: Any, y: Any, objective: Objective, sample_weight: Any) -> inputs.Batch:
         """Return a batch of examples with their labels."""
         given = self.traces.prepare(x)
         wide = at_least_float32(self.traces.floating)
         batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
-        self._objectives.check(objective, given, batch, self._outputs)
+        self._objectives.check(objective, batch)
         return batch
 
     def _derived(
@@ -391,8 +394,8 @@ class Engine(Trust):
             result, answers = traced.answers(
                 head, sources, batch, chosen, self.memory_limit, question
             )
-        except NotForXla:
-            self.traces.without_xla()
+        except NotForXla as failure:
+            self.traces.without_xla(str(failure))
             return self._derived(batch, objective, of, wrt, question, **asked)
         return result, answers, sources, chosen.row_shape
 

@@ -119,6 +119,16 @@ def warn(message: str, kind: type[PerjacWarning]) -> None:
     warnings.warn(message, kind, stacklevel=outermost + 2)
 
 
+def warn_disconnected(output: str, keys: Sequence[str]) -> None:
+    """Warn of what an output does not depend on."""
+    names = ", ".join(map(repr, keys[:8]))
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    warn(
+        f"The output {output!r} does not depend on {names}{more}: the Jacobian is zero there.",
+        DisconnectedWarning,
+    )
+
+
 def check_one_of(value: Any, known: Sequence[Any], name: str) -> None:
     """Raise for an option that there is not.
 

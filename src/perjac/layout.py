@@ -116,5 +116,8 @@ def _regrouped(pieces: list[Piece], lengths: Sequence[int]) -> list[tuple[Piece,
 
 def _take(kind: str, to: tuple, tensor: tf.Tensor, lead: int) -> tf.Tensor:
     if kind == "reshape":
+        unknown = [n for n, dim in enumerate(tensor.shape[:lead]) if dim is None]
+        if len(unknown) <= 1 and math.prod(to):  # one axis is counted by TensorFlow
+            return tf.reshape(tensor, [-1 if n is None else n for n in [*tensor.shape[:lead], *to]])
         return tf.reshape(tensor, tf.concat([tf.shape(tensor)[:lead], to], 0))
     return tf.transpose(tensor, [*range(lead), *(axis + lead for axis in to)])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import tensorflow as tf
 
 from perjac.errors import LossWarning, warn
 from perjac.inputs import Batch
 from perjac.losses import Objective, compiled
-from perjac.traces import Traces
+from perjac.traces import BEHIND, Traces
 
 # Examples whose outputs are looked at, to tell whether they are what the loss takes them for.
 _FEW = 32
@@ -45,9 +43,7 @@ class Objectives:
     def check(
         self,
         objective: Objective,
-        x: Batch,
         batch: Batch,
-        outputs: Callable[[Batch, str], tf.Tensor],
     ) -> None:
         """Raise for labels that cannot be, and warn, once, of outputs that are no probabilities.
 
@@ -55,19 +51,19 @@ class Objectives:
         ----------
         objective : Objective
             What is asked about.
-        x, batch : Batch
-            The examples without and with their labels.
-        outputs : callable
-            Some examples and a head's name → its outputs.
+        batch : Batch
+            The examples with their labels.
         """
-        self._traces.of(batch, objective)
+        traced, names = self._traces.of(batch, objective)
         if batch.size == 0:
             return
         objective.check_labels(batch.packed[1])
         if objective.key in self._doubted:
             return
         self._doubted.add(objective.key)
-        few = x.first(_FEW)
-        doubt = objective.doubts(batch.packed[1], lambda head: outputs(few, head))
+        few = batch.first(_FEW)
+        doubt = objective.doubts(
+            batch.packed[1], lambda head: traced.outputs(names.head(BEHIND.format(head)), few)
+        )
         if doubt:
             warn(doubt, LossWarning)

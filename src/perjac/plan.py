@@ -18,6 +18,7 @@ from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.independence import Order
 from perjac.layout import Relabelling
+from perjac.pullback import pull_back
 from perjac.questions import THEMSELVES, Question
 from perjac.roots import ROOTS
 from perjac.seeds import row
@@ -176,19 +177,31 @@ def _rehearse(
     def trial(*inputs):
         batch = tf.shape(inputs[0])[0]
         ops = program.replay(inputs, {}, [site.operation for site in sites])
+        alike: dict[Any, tuple] = {}  # a network of many blocks has most sites many times
         for site in sites:
             try:
                 bound = _bind(program, site, ops[site.operation], batch, order)
-                shape = [None, count, bound.fold, *bound.output.shape[1:]]
-                delta = tf.compat.v1.placeholder(bound.output.dtype, shape)
-                factor = rules.apply(bound, delta)
-                found[site] = factor.compact() if compact else factor
-                swept[site] = size(shape[1:]), factor.laid_out
+                kind = bound.kind
+                if kind not in alike:
+                    alike[kind] = _tried(bound, count, compact)
+                found[site], swept[site] = alike[kind]
             except rules.NoRule as refusal:
                 found[site] = str(refusal)
 
     trial.get_concrete_function(*program.specs)
     return found, swept
+
+
+def _tried(
+    bound: rules.BoundSite, count: int, compact: bool
+) -> tuple[Factor | str, tuple[int, int]]:
+    """Apply a site's rule to a placeholder: as `_rehearse`, of one site."""
+    shape = [None, count, bound.fold, *bound.output.shape[1:]]
+    try:
+        factor = rules.apply(bound, tf.compat.v1.placeholder(bound.output.dtype, shape))
+    except rules.NoRule as refusal:
+        return str(refusal), (0, 0)
+    return factor.compact() if compact else factor, (size(shape[1:]), factor.laid_out)
 
 
 def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order) -> rules.BoundSite:
@@ -339,48 +352,27 @@ class Job:
                 parts.setdefault(number, []).append(factor.compact() if self._compact else factor)
         asked = {n: values[n] for s in self._sites if s.layout is None for n in s.variables}
         asked = {n: value for n, value in asked.items() if n in self._wanted}
-        for number, pulled in _pull_back(parametrised, asked).items():
+        for number, rows in pull_back(parametrised, asked).items():
+            pulled = Explicit(Relabelling.of(known(values[number].shape)), rows)
             parts.setdefault(number, []).append(pulled.cast(self._dtype))
         return {self._wanted[n].key: combine(made) for n, made in parts.items()}
 
 
-def _pull_back(
-    parametrised: Sequence[tuple[tf.Tensor, tf.Tensor]], values: Mapping[int, tf.Tensor]
-) -> dict[int, Factor]:
-    """Pull rows (B, K, *ψ.shape) back through each ψ, by TensorFlow's own gradient of ψ.
-
-    All at once: a variable's contributions come out added up, and ResNet50's 106 scales and shifts
-    cost one vectorised map instead of 106, which took half of the whole tracing time.
-    """
-    if not parametrised:
-        return {}
-    psis = [psi for psi, _ in parametrised]
-    lead = tf.unstack(tf.shape(parametrised[0][1])[:2])
-    flat = [tf.reshape(rows, [-1, *known(psi.shape)]) for psi, rows in parametrised]
-    reached: list[int] = []
-
-    def pull(rows: list[tf.Tensor]) -> list[tf.Tensor]:
-        gradients = tf.gradients(psis, list(values.values()), grad_ys=rows)
-        reached[:] = [n for n, g in zip(values, gradients, strict=True) if g is not None]
-        return [tf.convert_to_tensor(g) for g in gradients if g is not None] or [tf.zeros([])]
-
-    pulled = tf.vectorized_map(pull, flat)
-    return {
-        n: Explicit(
-            Relabelling.of(known(values[n].shape)),
-            tf.reshape(rows, [*lead, *known(values[n].shape)]),
-        )
-        for n, rows in zip(reached, pulled, strict=bool(reached))
-    }
-
-
 def _finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """Tell for each tensor whether its sum is finite: one pass, and wrong only on the safe side."""
-    flags = [
-        tf.math.is_finite(tf.reduce_sum(t)) if t.dtype.is_floating else tf.constant(True)
+    floating = [t.dtype for t in tensors if t.dtype.is_floating]
+    if not floating:
+        return tf.ones([len(tensors)], tf.bool)
+    wide = tf.float64 if tf.float64 in floating else tf.float32
+    # Their axes once for each rank, and one question in the end: two operations in three saved.
+    axes = {t.shape.rank: tf.constant(list(range(t.shape.rank)), tf.int32) for t in tensors}
+    sums = [
+        tf.cast(tf.reduce_sum(t, axes[t.shape.rank]), wide)
+        if t.dtype.is_floating
+        else tf.zeros([], wide)
         for t in tensors
     ]
-    return tf.stack(flags) if flags else tf.zeros([0], tf.bool)
+    return tf.math.is_finite(tf.stack(sums))
 
 
 def rows_at_once(program: Program, count: int) -> int:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Listener = Callable[[int, int], None]
+Reader = Callable[[str], None]
 
 _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
     "listener", default=None
 )
+_READER: contextvars.ContextVar[Reader | None] = contextvars.ContextVar("reader", default=None)
 _STOPPING: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar(
     "stopping", default=None
 )
@@ -83,3 +85,36 @@ def tell(done: int, total: int) -> None:
         listener(done, total)
     if done < total and _STOPPING.get():
         raise Stopped
+
+
+@contextlib.contextmanager
+def read(reader: Reader) -> Iterator[None]:
+    """Have `reader(words)` called as something long begins inside the block, "" as it ends.
+
+    Examples
+    --------
+    >>> from perjac import progress
+    >>> with progress.read(lambda words: print(repr(words))), progress.doing("tracing the model"):
+    ...     pass
+    'tracing the model'
+    ''
+    """
+    token = _READER.set(reader)
+    try:
+        yield
+    finally:
+        _READER.reset(token)
+
+
+@contextlib.contextmanager
+def doing(words: str) -> Iterator[None]:
+    """Tell whoever reads what is done inside the block; blocks do not lie in one another."""
+    reader = _READER.get()
+    if reader is None:
+        yield
+        return
+    reader(words)
+    try:
+        yield
+    finally:
+        reader("")

@@ -22,14 +22,24 @@ class Screen:
 
     def __init__(self, out: IO[str], err: IO[str]):
         self._out, self._err = out, err
+        self._shown = ""
 
     def say(self, text: str) -> None:
         """Print a line."""
+        self.show("")
         print(text, file=self._out, flush=True)
 
     def complain(self, text: str) -> None:
         """Print a line where errors go."""
+        self.show("")
         print(text, file=self._err, flush=True)
+
+    def show(self, words: str) -> None:
+        """Show on a terminal, until the next words, what is being done; elsewhere nothing."""
+        if self._out.isatty() and words != self._shown:
+            self._out.write(f"\r\x1b[K{words.capitalize()} …" if words else "\r\x1b[K")
+            self._out.flush()
+            self._shown = words
 
     def track(self, parts: Sequence[Any], doing: str, of: str = "points") -> Iterator[Any]:
         """Yield the parts with progress bars on a terminal, and plain lines elsewhere.
@@ -65,7 +75,10 @@ class Screen:
             def listen(done: int, total: int) -> None:
                 bars.update(within, completed=done, total=total, visible=done < total)
 
-            with progress.heard(listen):
+            def show(words: str) -> None:
+                bars.update(whole, description=f"{doing} ({words})" if words else doing)
+
+            with progress.heard(listen), progress.read(show):
                 for part in parts:
                     yield part
                     bars.advance(whole)
@@ -96,7 +109,8 @@ def quiet(log: str | None) -> Iterator[Screen]:
                 shown(message, category, *rest, **more)
 
         warnings.showwarning = show
-        yield screen
+        with progress.read(screen.show):
+            yield screen
     finally:
         warnings.showwarning = shown
         sys.stdout.flush()

@@ -85,5 +85,6 @@ def _vectorised(
         tensor.set_shape([count, *tensor.shape[1:]])
     result: list[tf.Tensor | None] = [None] * width
     for n, tensor in zip(connected, swept, strict=bool(connected)):
+        tensor.set_shape([count, *tensor.shape[1:]])
         result[n] = tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
     return result

@@ -12,11 +12,12 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host
+from perjac.compiling import why_not
 from perjac.errors import SlowPathWarning, warn
 from perjac.seeds import Seeds, select
 from perjac.shapes import known
 from perjac.sources import Source
-from perjac.trace import Callee
+from perjac.trace import Callee, Program
 
 # pfor converts some operations wrongly without a word: its first answer is compared with a plain
 # loop's, and a relative difference above this is no rounding, even in float16.
@@ -44,6 +45,8 @@ class Tape:
         The kind of seeds.
     refused : str
         Why not to try pfor at all, or nothing.
+    jit : bool
+        Whether XLA compiles what pfor makes, anew for each batch size.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class Tape:
         sources: Sequence[Source],
         kind: str,
         refused: str,
+        jit: bool = False,
     ):
         self._callee, self._structure, self._head, self._taps = callee, structure, head, taps
         self._variables, self._sources, self._kind = variables, list(sources), kind
         self._refused, self._trusted = refused, False
         self.disconnected: set[Source] = set()  # known after the first call
         self._batched = host.compiled(self._all, reduce_retracing=True)
+        self._whole = host.compiled(self._all, jit_compile=True) if jit else None
         self._single = host.compiled(self._one, reduce_retracing=True)
 
     def __call__(self, inputs: Sequence[tf.Tensor], seeds: Seeds) -> list[tf.Tensor]:
@@ -72,7 +77,7 @@ class Tape:
             payload = tf.repeat(payload[None], batch, 0)
         if not self._refused:
             try:
-                rows = list(self._batched(list(inputs), payload))
+                rows = self._together(list(inputs), payload)
             except Exception as failure:  # pfor raises whatever the converter stumbled over
                 self._refused = _first_line(failure)
             else:
@@ -88,6 +93,19 @@ class Tape:
         )
         alone = [self._single([t[b] for t in inputs], payload[b]) for b in range(batch)]
         return [tf.stack(rows) for rows in zip(*alone, strict=True)]
+
+    def _together(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> list[tf.Tensor]:
+        """Return all examples' rows by pfor, compiled by XLA where that is asked for and works."""
+        if self._whole is not None:
+            try:
+                return list(self._whole(inputs, payload))
+            except tf.errors.OpError as failure:
+                self._whole = None
+                warn(
+                    f"XLA does not compile the tape path: {why_not(failure)}. It goes without.",
+                    SlowPathWarning,
+                )
+        return list(self._batched(inputs, payload))
 
     def _doubt(
         self, inputs: Sequence[tf.Tensor], payload: tf.Tensor, rows: Sequence[tf.Tensor]
@@ -151,3 +169,15 @@ def _distances(found: Sequence[tf.Tensor], right: Sequence[tf.Tensor]) -> list[f
 def _first_line(failure: Exception) -> str:
     text = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {text[0][:200] if text else ''}"
+
+
+def finder(program: Program, name: str) -> Callable[..., tf.Tensor]:
+    """Return how the tape finds a traced tensor again: by its head, or its layer and call."""
+    for head, tensor in program.heads.items():
+        if tensor == name:
+            return lambda heads, taps: heads[head]
+    for layer, calls in program.taps.items():
+        if name in calls:
+            call = calls.index(name)
+            return lambda heads, taps: taps[layer][call]
+    raise KeyError(name)

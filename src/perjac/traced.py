@@ -9,16 +9,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import host, independence, memory, sites
+from perjac import host, independence, memory, progress, sites
 from perjac.chunks import MOST, Load
 from perjac.combination import held_in, join_rows, joined
+from perjac.compiling import NotForXla, why_not
 from perjac.errors import (
-    DisconnectedWarning,
     InputError,
     NotFiniteError,
     PathError,
     SlowPathWarning,
     warn,
+    warn_disconnected,
 )
 from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
@@ -29,15 +30,11 @@ from perjac.questions import THEMSELVES, Question, query
 from perjac.seeds import Seeds
 from perjac.shapes import size
 from perjac.sources import Source
-from perjac.tape import Tape
+from perjac.tape import Tape, finder
 from perjac.trace import Callee, Program
 
 # Operations whose result lies in the memory of their operand.
 _VIEWS = ("Reshape", "Identity", "Squeeze", "ExpandDims", "StopGradient")
-
-
-class NotForXla(Exception):
-    """Raised where XLA cannot compile a model; it has to be traced anew to go without."""
 
 
 class _Failed(Exception):
@@ -59,10 +56,22 @@ class Traced:
         "auto", "factored" or "tape".
     jit : bool
         Whether XLA may compile.
+    whole : bool
+        Whether it compiles all from inputs to factors, and not only where it is faster on a CPU.
     """
 
-    def __init__(self, callee: Callee, program: Program, structure: Any, path: str, jit: bool):
-        self._jit = jit and program.suits_xla
+    def __init__(
+        self,
+        callee: Callee,
+        program: Program,
+        structure: Any,
+        path: str,
+        jit: bool,
+        whole: bool = False,
+    ):
+        self._jit, self._whole = whole or (jit and program.suits_xla), whole
+        self._apart: set[Question] = set()  # questions that XLA does not compile
+        self._ran: set[tuple] = set()  # jobs, and the batch sizes that XLA has compiled them for
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
         self._checked: set[str] = set()  # heads whose shapes show no meeting
@@ -167,7 +176,7 @@ class Traced:
 
     def model(self, head: str) -> Callable[..., tf.Tensor]:
         """Return the model itself, as a function of the flattened inputs to one output."""
-        find = _finder(self.program, head)
+        find = finder(self.program, head)
 
         def call(inputs: Sequence[tf.Tensor]) -> tf.Tensor:
             return find(*self._callee(tf.nest.pack_sequence_as(self._structure, list(inputs))))
@@ -282,7 +291,7 @@ class Traced:
             return self.answers(head, sources, batch, chosen, memory_limit, question)
         missing = [s for s in sources if s in lost or s.key not in answers]
         if missing:
-            _warn_disconnected(self.program.called(head), missing)
+            warn_disconnected(self.program.called(head), [s.key for s in missing])
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
         return joined(outputs), {s.key: answers[s.key] for s in sources}
 
@@ -356,21 +365,37 @@ class Traced:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
         blocks = list(chosen.blocks(rows_at_once(self.program, chosen.count)))
-        asked = question if len(blocks) == 1 else THEMSELVES
+        together = len(blocks) == 1 and question not in self._apart
+        asked = question if together else THEMSELVES
         answers = []
         for block in blocks:
             chunk = load.together(batch.size, room)
             job = self._job(head, decisions, tensors, block.signature, chunk, dtype, asked)
             try:
-                answers.append(job.run(batch.tensors, block.payload))
+                answers.append(self._run(job, batch, block))
             except tf.errors.OpError as failure:
                 if not self._jit:
                     raise
-                raise NotForXla from failure
+                if asked == THEMSELVES:
+                    raise NotForXla(why_not(failure)) from failure
+                self._apart.add(question)  # the factors may compile without it
+                return self._sweep(
+                    head, decisions, others, batch, chosen, dtype, question, load, room
+                )
         result, found, *fine = answers[0]
         if len(blocks) > 1:
-            found = query(question)(join_rows([factors for _, factors, *_ in answers]))
-        return result, found, *fine
+            found = join_rows([factors for _, factors, *_ in answers])
+        return result, found if together else query(question)(found), *fine
+
+    def _run(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
+        """Run a job; of its first time, which takes long, whoever reads is told."""
+        known = job, batch.size if self._jit else None
+        if known in self._ran:
+            return job.run(batch.tensors, chosen.payload)
+        size = f" for batches of {batch.size}" if self._jit else ""
+        with progress.doing(f"compiling the sweep{size}"):
+            self._ran.add(known)
+            return job.run(batch.tensors, chosen.payload)
 
     def _job(
         self,
@@ -398,12 +423,13 @@ class Traced:
             lambda: Tape(
                 self._callee,
                 self._structure,
-                _finder(program, head),
-                {s: _finder(program, s.tensor) for s in sources if s.tensor},
+                finder(program, head),
+                {s: finder(program, s.tensor) for s in sources if s.tensor},
                 program.weights.variables,
                 sources,
                 kind,
                 refused=(program.origin or program).stubborn,
+                jit=self._whole,
             ),
         )
 
@@ -425,24 +451,3 @@ class Traced:
                     f"Weight {key!r} has NaN or Inf. The model has probably diverged in "
                     "training: go back to an earlier checkpoint."
                 )
-
-
-def _finder(program: Program, name: str) -> Callable[..., tf.Tensor]:
-    """Return how the tape finds a traced tensor again: by its head, or its layer and call."""
-    for head, tensor in program.heads.items():
-        if tensor == name:
-            return lambda heads, taps: heads[head]
-    for layer, calls in program.taps.items():
-        if name in calls:
-            call = calls.index(name)
-            return lambda heads, taps: taps[layer][call]
-    raise KeyError(name)
-
-
-def _warn_disconnected(output: str, sources: Sequence[Source]) -> None:
-    names = ", ".join(repr(source.key) for source in sources[:8])
-    more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
-    warn(
-        f"The output {output!r} does not depend on {names}{more}: the Jacobian is zero there.",
-        DisconnectedWarning,
-    )

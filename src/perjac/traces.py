@@ -12,13 +12,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, host, inputs
+from perjac import binding, host, inputs, progress
 from perjac import trace as tracing
-from perjac.errors import InputError
+from perjac.compiling import compiles_whole
+from perjac.errors import InputError, SlowPathWarning, warn
 from perjac.losses import Objective
 from perjac.naming import Names
 from perjac.normalise import normalise
 from perjac.traced import Traced
+
+# The heads of a model with its loss behind it: the loss, and the outputs that it is of.
+LOSS, BEHIND = "loss", "outputs/{}"
 
 
 class Traces:
@@ -34,8 +38,8 @@ class Traces:
         Whether to run the model in training mode.
     path : str
         "auto", "factored" or "tape".
-    compiles : bool
-        Whether XLA may compile.
+    jit : {"auto", True, False}
+        As `Engine` takes it.
 
     Attributes
     ----------
@@ -46,9 +50,16 @@ class Traces:
     """
 
     def __init__(
-        self, model: Any, variables: Sequence[Any] | None, training: bool, path: str, compiles: bool
+        self,
+        model: Any,
+        variables: Sequence[Any] | None,
+        training: bool,
+        path: str,
+        jit: bool | str,
     ):
-        self._model, self._path, self._compiles = model, path, compiles
+        self._model, self._path, self._compiles = model, path, jit is not False
+        devices = [d.device_type for d in tf.config.list_physical_devices()]
+        self._whole = compiles_whole(jit, devices)
         self.weights = binding.weights_of(model, variables)
         self.expected = inputs.declared(model)
         self._callee = tracing.Callee(
@@ -79,21 +90,34 @@ class Traces:
         key = (batch.signature, objective and objective.key)
         if key not in self._made:
             callee = self._callee if objective is None else self._with_loss(objective)
-            program = normalise(tracing.trace(callee, batch.specs, batch.structure, self.weights))
+            with progress.doing("tracing the model"):
+                traced = tracing.trace(callee, batch.specs, batch.structure, self.weights)
+                program = normalise(traced)
             names = batch.names[: batch.inputs]
             self._made[key] = (
-                Traced(callee, program, batch.structure, self._path, self._compiles),
+                Traced(callee, program, batch.structure, self._path, self._compiles, self._whole),
                 Names(program, self.weights, self._model, names),
             )
         traced, names = self._made[key]
         return traced if self._compact else traced.uncompacted, names
 
-    def without_xla(self) -> None:
+    def without_xla(self, why: str) -> None:
         """Forget every trace, and let XLA compile none of the next ones.
 
         TensorFlow does not let two graphs define a loop's functions under the same names.
+
+        Warns
+        -----
+        SlowPathWarning
+            Where XLA was to compile everything.
         """
-        self._compiles = False
+        if self._whole:
+            warn(
+                f"XLA does not compile this model's Jacobian: {why}. It is computed without XLA; "
+                "jit=False goes without from the start.",
+                SlowPathWarning,
+            )
+        self._compiles = self._whole = False
         self._made.clear()
 
     def example(self) -> Any:
@@ -112,12 +136,14 @@ class Traces:
         return arrays[0] if len(arrays) == 1 else arrays
 
     def _with_loss(self, objective: Objective) -> tracing.Callee:
-        """Return the model with its loss behind it: (x, y, sample_weight) to {"loss": (B,)}."""
+        """Return the model with its loss behind it: (x, y, sample_weight) to losses (B,)."""
         callee = self._callee
 
         def losses(arguments: Any) -> dict[str, tf.Tensor]:
             x, y, sample_weight = arguments
             outputs = callee.function(x)
-            return {"loss": objective(outputs, callee.heads(outputs), y, sample_weight)}
+            heads = callee.heads(outputs)
+            loss = objective(outputs, heads, y, sample_weight)
+            return {LOSS: loss} | {BEHIND.format(name): head for name, head in heads.items()}
 
         return tracing.Callee(losses, callee.model)

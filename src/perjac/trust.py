@@ -11,7 +11,7 @@ from perjac.inspection import Inspection
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.shapes import size
-from perjac.traces import Traces
+from perjac.traces import LOSS, Traces
 from perjac.verification import Verification, verify
 
 
@@ -138,7 +138,7 @@ class Trust:
             wide = at_least_float32(self.traces.floating)
             batch = inputs.beside(batch, wide, y=y, sample_weight=None)
         traced, names = self.traces.of(batch, objective)
-        head, sources = names.head(of), names.sources(wrt)
+        head, sources = names.head(of if objective is None else LOSS), names.sources(wrt)
         if self._check:
             traced.check_shapes(head)
             traced.check_data(head, sources, batch)

@@ -56,6 +56,17 @@ class BoundSite:
         """The operation's first output."""
         return self.op.outputs[0]
 
+    @property
+    def kind(self) -> tuple:
+        """What a rule can tell sites apart by: shapes, types, attributes, values that are known."""
+        node = self.op.node_def
+        attributes = sorted((name, node.attr[name].SerializeToString()) for name in node.attr)
+        tensors = [(t.dtype, str(t.shape), _value(t)) for t in [*self.op.inputs, *self.op.outputs]]
+        return (
+            self.op.type, self.operand, self.layout, self.fold, self.inner,
+            tuple(attributes), tuple(tensors),
+        )  # fmt: skip
+
     def data(self, operand: int) -> tf.Tensor:
         """Return a data operand with the batch folded out, (B, F, ...)."""
         return self.unfold(self.op.inputs[operand])
@@ -75,3 +86,9 @@ class BoundSite:
         """Return an attribute of the operation, text as str."""
         value = self.op.get_attr(name)
         return value.decode() if isinstance(value, bytes) else value
+
+
+def _value(tensor: Any) -> bytes | None:
+    """Return the value of integers that are the same whatever the data."""
+    value = tf.get_static_value(tensor) if tensor.dtype.is_integer else None
+    return None if value is None else value.tobytes()

@@ -9,7 +9,7 @@ import tensorflow as tf
 from perjac.factors import Factor, Grouped, Outer
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
-from perjac.shapes import known, size
+from perjac.shapes import batched, known, size
 
 
 @rule("MatMul")
@@ -107,13 +107,13 @@ def contract(site: BoundSite, delta: tf.Tensor, data: str, weight: str, out: str
     if not groups:
         return Outer(
             layout.reshape([i, o]),
-            tf.reshape(x, [site.batch, t, i]),
-            tf.reshape(delta, [site.batch, count, t, o]),
+            batched(x, site.batch, [t, i]),
+            batched(delta, site.batch, [count, t, o]),
         )
     return Grouped(
         layout.reshape([g, i, o]),
-        tf.reshape(x, [site.batch, t, g, i]),
-        tf.reshape(delta, [site.batch, count, t, g, o]),
+        batched(x, site.batch, [t, g, i]),
+        batched(delta, site.batch, [count, t, g, o]),
     )
 
 

@@ -12,7 +12,7 @@ from perjac.factors import Explicit, Factor, Grouped, Outer
 from perjac.patches import Patches
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
-from perjac.shapes import known
+from perjac.shapes import batched, known
 
 
 @rule("Conv2D", "Conv3D")
@@ -29,18 +29,16 @@ def convolution(site: BoundSite, delta: tf.Tensor) -> Factor:
     groups = known(x.shape[1:])[-1] // inputs
     if groups == 1:
         layout = site.layout.reshape([math.prod(window) * inputs, outputs])
-        delta = tf.reshape(delta, [site.batch, count, t, outputs])
+        delta = batched(delta, site.batch, [count, t, outputs])
         if math.prod(window) == 1:
             return Outer(layout, patches.columns(), delta)
         return Outer(layout, patches, delta)
     # Channels come as (group, channel of the group), on both sides.
     w, share = math.prod(window), outputs // groups
-    columns = tf.reshape(patches.columns(), [site.batch, t, w, groups, inputs])
-    columns = tf.reshape(
-        tf.transpose(columns, [0, 1, 3, 2, 4]), [site.batch, t, groups, w * inputs]
-    )
+    columns = batched(patches.columns(), site.batch, [t, w, groups, inputs])
+    columns = batched(tf.transpose(columns, [0, 1, 3, 2, 4]), site.batch, [t, groups, w * inputs])
     layout = site.layout.reshape([w * inputs, groups, share]).transpose([1, 0, 2])
-    return Grouped(layout, columns, tf.reshape(delta, [site.batch, count, t, groups, share]))
+    return Grouped(layout, columns, batched(delta, site.batch, [count, t, groups, share]))
 
 
 @rule("Conv2DBackpropInput", "Conv3DBackpropInputV2")
@@ -58,8 +56,8 @@ def transposed_convolution(site: BoundSite, delta: tf.Tensor) -> Factor:
     columns = math.prod(window) * inputs
     return Outer(
         site.layout.reshape([columns, outputs]).transpose([1, 0]),
-        tf.reshape(x, [site.batch, t, outputs]),
-        tf.reshape(seen, [site.batch, count, t, columns]),
+        batched(x, site.batch, [t, outputs]),
+        batched(seen, site.batch, [count, t, columns]),
     )
 
 
@@ -81,10 +79,10 @@ def depthwise(site: BoundSite, delta: tf.Tensor) -> Factor:
     count = delta.shape[1] or tf.shape(delta)[1]
     maps = site.batch * count * site.fold
     # x (B·F, H, W, C) once for each row: (H, W, B, K, F, C).
-    seen = tf.reshape(x, [site.batch, 1, site.fold, *x.shape[1:]])
+    seen = batched(x, site.batch, [1, site.fold, *known(x.shape[1:])])
     seen = tf.transpose(tf.repeat(seen, count, 1), [3, 4, 0, 1, 2, 5])
     seen = tf.reshape(seen, [1, *known(x.shape[1:3]), maps * channels])
-    delta = tf.reshape(delta, [site.batch, count, site.fold, *out, channels * multiplier])
+    delta = batched(delta, site.batch, [count, site.fold, *out, channels * multiplier])
     delta = tf.transpose(delta, [3, 4, 0, 1, 2, 5])
     rows = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
         input=seen,

@@ -7,7 +7,7 @@ import tensorflow as tf
 from perjac.factors import Explicit, Factor
 from perjac.rules.bound import BoundSite, NoRule
 from perjac.rules.registry import rule
-from perjac.shapes import known
+from perjac.shapes import batched, known
 
 
 @rule("Add", "AddV2", "BroadcastTo", "Fill")
@@ -113,8 +113,9 @@ def _reduced(site: BoundSite, delta: tf.Tensor, after: int = 0) -> Factor:
     padded = [1] * (rank - len(shape)) + shape
     axes = [2] + [n + 2 for n in range(1, rank) if padded[n] == 1]
     count = delta.shape[1] or tf.shape(delta)[1]
-    rows = tf.reshape(tf.reduce_sum(delta, axes), [site.batch, count, *own])
-    return Explicit(site.layout, tf.ensure_shape(rows, [None, delta.shape[1], *own]))
+    rows = batched(tf.reduce_sum(delta, axes), site.batch, [count, *own])
+    rows.set_shape([None, delta.shape[1], *own])
+    return Explicit(site.layout, rows)
 
 
 def _beside(site: BoundSite, operand: int, delta: tf.Tensor) -> tf.Tensor:
