@@ -23,8 +23,9 @@ from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
 from perjac.layout import Relabelling
 from perjac.normalise import flatten
-from perjac.plan import Decision, Job, chunk_of, decide, rows_at_once, zero
+from perjac.plan import Decision, Job, decide, route_of, rows_at_once, zero
 from perjac.questions import THEMSELVES, Question, query
+from perjac.route import Route
 from perjac.seeds import Seeds
 from perjac.shapes import size
 from perjac.sources import Source
@@ -269,8 +270,7 @@ class Traced:
         tensors = {
             s: s.tensor or self.program.inputs[s.index] for s in sources if s.kind != "weight"
         }
-        chunk = chunk_of(self.program, head, chosen.count, batch.size)
-        job = self._job(head, decisions, tensors, chosen.signature, chunk, dtype)
+        job = self._job(head, decisions, tensors, chosen.signature, batch.size, dtype)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
 
         def run(inputs: list[tf.Tensor], payload: tf.Tensor) -> tuple[tf.Tensor, dict[str, Factor]]:
@@ -305,11 +305,7 @@ class Traced:
         asked = question if len(blocks) == 1 else THEMSELVES
         answers = []
         for block in blocks:
-            chunk = self.once(
-                ("chunk", head, block.count, batch.size),
-                functools.partial(chunk_of, self.program, head, block.count, batch.size),
-            )
-            job = self._job(head, decisions, tensors, block.signature, chunk, dtype, asked)
+            job = self._job(head, decisions, tensors, block.signature, batch.size, dtype, asked)
             try:
                 answers.append(job.run(batch.tensors, block.payload))
             except tf.errors.OpError as failure:
@@ -327,18 +323,34 @@ class Traced:
         decisions: Sequence[Decision],
         tensors: dict[Source, str],
         signature: tuple[str, int],
-        chunk: int,
+        batch: int,
         dtype: tf.DType,
         question: Question = THEMSELVES,
     ) -> Job:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
-        how = (signature, chunk, self._order, dtype, self._jit and any(wanted))
+        route = self.once(
+            ("route", head, wanted, signature[1], batch),
+            lambda: self._route(head, decisions, tensors, signature[1], batch),
+        )
+        how = (signature, route, self._order, dtype, self._jit and any(wanted))
         return self.once(
             ("job", head, wanted, *how, question),
             lambda: Job(
                 self.program, head, decisions, tensors, *how, self._compact, question=question
             ),
         )
+
+    def _route(
+        self,
+        head: str,
+        decisions: Sequence[Decision],
+        tensors: dict[Source, str],
+        count: int,
+        batch: int,
+    ) -> Route:
+        """Return a way; the same one for all batches that go it, so that they share a job."""
+        found = route_of(self.program, head, decisions, tensors.values(), count, batch)
+        return self.once(("same route", found.key), lambda: found)
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
         program = self.program
