@@ -215,7 +215,7 @@ def square():
 # By model: whether its inputs' rows are made of columns; and whether they fold.
 WAYS = {
     decoder: (True, False),
-    attention: (False, False),
+    attention: (True, False),
     pooled: (False, False),
     recurrent: (True, True),  # across the last state, three numbers
     bottleneck: (True, True),

@@ -112,7 +112,7 @@ def between(program: Program, top: str, bottoms: Sequence[str]) -> list[tuple[An
     below, wanted = set(bottoms), {top}
     up = []
     for op in program.graph.get_operations():  # creation order is topological
-        if any(t.name in below for t in op.inputs):
+        if op.type != "StopGradient" and any(t.name in below for t in op.inputs):
             up.append((op, [n for n, t in enumerate(op.inputs) if t.name in below]))
             below.update(t.name for t in op.outputs)
     steps = []
