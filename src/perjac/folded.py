@@ -73,7 +73,7 @@ class Passage:
                 return None
             ends = program.extents[below], program.extents[above]
             step = Step(op.name, operand, below, above, *ends, _other(op, operand))
-            if is_overridden(op) or not RULES[op.type][0](op, step):
+            if not is_plain(op) or not RULES[op.type][0](op, step):
                 return None
             steps.append(step)
         return cls(top, tuple(bottoms), tuple(steps))
@@ -129,9 +129,9 @@ def _can_move(tensor: Any) -> bool:
     return not (tensor.dtype.is_integer or tensor.dtype.is_bool)
 
 
-def is_overridden(op: Any) -> bool:
-    """Tell whether an operation goes back in another way than its type says."""
-    return "_gradient_op_type" in op.node_def.attr
+def is_plain(op: Any) -> bool:
+    """Tell whether an operation is of real numbers, and goes back in the way that its type says."""
+    return op.outputs[0].dtype.is_floating and "_gradient_op_type" not in op.node_def.attr
 
 
 def _total(parts: list[tf.Tensor]) -> tf.Tensor:
@@ -221,6 +221,10 @@ def _reshaped_ahead(op: Any, step: Step, tangent: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tangent, [-1, tangent.shape[1], step.target.fold, *step.target.rest])
 
 
+def _along_last(op: Any, step: Step) -> bool:
+    return step.source == step.target and len(step.target.rest) > 0
+
+
 def _softmax(op: Any, step: Step, delta: tf.Tensor) -> tf.Tensor:
     """p = softmax(x): J = diag(p) - p pᵀ, its own transpose."""
     p = _beside_rows(op.outputs[0], step.target)
@@ -259,6 +263,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Mul", "RealDiv"), (_has_factor, _scaled, _scaled)),
     **dict.fromkeys(_RELABELS, _RESHAPED),
     "MatMul": (_by_weights, _matmul_back, _matmul_ahead),
-    "Softmax": (_alike, _softmax, _softmax),
-    "LogSoftmax": (_alike, _log_softmax_back, _log_softmax_ahead),
+    "Softmax": (_along_last, _softmax, _softmax),
+    "LogSoftmax": (_along_last, _log_softmax_back, _log_softmax_ahead),
 }

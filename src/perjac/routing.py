@@ -10,13 +10,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from perjac.folded import ENTRY_BY_ENTRY, Passage, between, is_overridden
+from perjac.folded import ENTRY_BY_ENTRY, Passage, between, is_plain
 from perjac.route import Leg, Route
 from perjac.shapes import size
 from perjac.trace import Program
 
 # Another way than rows must promise so much fewer multiply-adds: it has costs of its own.
 _GAIN = 1.5
+# So many tensors are tried, the narrowest: each is a walk through all steps.
+_TRIED = 32
 # Bytes of the widest step that rows may fold into, if it is wider than what is asked for.
 _FOLDED_BYTES = 2**28
 # Operations whose gradients TensorFlow differentiates rightly by the cotangent, all of them tested.
@@ -24,8 +26,8 @@ _FOLDED_BYTES = 2**28
 TWICE = {
     *(set(ENTRY_BY_ENTRY) - {"Softsign"}), "Add", "AddV2", "AvgPool", "BatchMatMulV2", "BiasAdd",
     "ConcatV2", "Conv2D", "Conv2DBackpropInput", "DepthwiseConv2dNative", "Einsum", "ExpandDims",
-    "Identity", "LogSoftmax", "MatMul", "Maximum", "Mean", "Minimum", "Mul", "Neg",
-    "Pack", "Pad", "RealDiv", "Reshape", "Softmax", "SquaredDifference", "Squeeze", "StridedSlice", "Sub", "Sum",
+    "Identity", "LogSoftmax", "MatMul", "Maximum", "Mean", "Minimum", "Mul", "Neg", "Pack", "Pad",
+    "RealDiv", "Reshape", "Softmax", "SquaredDifference", "Squeeze", "StridedSlice", "Sub", "Sum",
     "Transpose",
 }  # fmt: skip
 
@@ -95,14 +97,12 @@ class Routing:
         return between(self.program, self.head, self.targets)
 
     def _narrow(self) -> list[str]:
-        """Return the tensors on the way that are narrower than K, the examples along their axis."""
+        """Return the narrowest tensors on the way, the examples along their axis."""
         names = [*self.targets, *(op.inputs[n].name for op, n in self._steps)]
         extents = self.program.extents
-        return [
-            name
-            for name in dict.fromkeys(names)
-            if name in extents and extents[name].fold == 1 and 0 < self._entries(name) < self.count
-        ]
+        found = [n for n in dict.fromkeys(names) if n in extents and extents[n].fold == 1]
+        found = [n for n in found if 0 < self._entries(n) < self.count]
+        return sorted(found, key=self._entries)[:_TRIED]
 
     def _cut(self, name: str) -> Cut | None:
         """Return what a tensor parts, or None if there are ways around it."""
@@ -133,9 +133,7 @@ class Routing:
 
     def _twice(self, leg: Leg) -> bool:
         steps = between(self.program, leg.top, leg.bottoms)
-        return len(leg.bottoms) == 1 and all(
-            op.type in TWICE and not is_overridden(op) for op, _ in steps
-        )
+        return len(leg.bottoms) == 1 and all(op.type in TWICE and is_plain(op) for op, _ in steps)
 
     def _leg(self, top: str, bottoms: tuple[str, ...], count: int) -> Leg:
         """Return a stretch, folded where that is possible and not too large."""
@@ -156,7 +154,7 @@ class Routing:
         """Return the tensors that a tensor depends on, it included, not looking past another."""
         reached = {top}
         for op, n in reversed(self._steps):
-            if any(t.name in reached - {stop} for t in op.outputs):
+            if any(t.name in reached and t.name != stop for t in op.outputs):
                 reached.add(op.inputs[n].name)
         return reached
 

@@ -328,17 +328,19 @@ class Traced:
         question: Question = THEMSELVES,
     ) -> Job:
         wanted = tuple(d.source for d in decisions), tuple(tensors)
-        route = self.once(
-            ("route", head, wanted, signature[1], batch),
-            lambda: self._route(head, decisions, tensors, signature[1], batch),
-        )
-        how = (signature, route, self._order, dtype, self._jit and any(wanted))
-        return self.once(
-            ("job", head, wanted, *how, question),
-            lambda: Job(
-                self.program, head, decisions, tensors, *how, self._compact, question=question
-            ),
-        )
+        asked = (head, wanted, signature, self._order, dtype, question)
+
+        def make() -> Job:
+            route = self._route(head, decisions, tensors, signature[1], batch)
+            how = (signature, route, self._order, dtype, self._jit and any(wanted))
+            return self.once(
+                ("job", *asked, route),
+                lambda: Job(
+                    self.program, head, decisions, tensors, *how, self._compact, question=question
+                ),
+            )
+
+        return self.once(("job for", *asked, batch), make)
 
     def _route(
         self,
@@ -350,7 +352,7 @@ class Traced:
     ) -> Route:
         """Return a way; the same one for all batches that go it, so that they share a job."""
         found = route_of(self.program, head, decisions, tensors.values(), count, batch)
-        return self.once(("same route", found.key), lambda: found)
+        return self.once(("route", found.key), lambda: found)
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
         program = self.program
