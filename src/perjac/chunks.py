@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from perjac import memory
 from perjac.factors.base import FORM_AT_ONCE
-from perjac.plan import Decision, rows_together
+from perjac.plan import Decision, rows_together, unrolls
 from perjac.sources import Source
+from perjac.trace import Program
 
 # Bytes made on the way at a time, however much memory there is: larger chunks are no faster.
 MOST = 2**30
@@ -104,3 +105,33 @@ class Load:
         length = math.ceil(batch / pieces)
         starts = range(0, batch, length)
         return [slice(start, min(start + length, batch)) for start in starts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How much of a batch may be in the works at a time.
+
+    Attributes
+    ----------
+    batch : int
+        B.
+    load : Load
+        Of an example.
+    room : int
+        Bytes that there are on the way.
+    """
+
+    batch: int
+    load: Load
+    room: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What a job depends on of it."""
+        return self.batch, self.load.together(self.batch, self.room)
+
+    def rows(self, program: Program, top: str, count: int) -> int:
+        """Return how many of so many rows to sweep together from a tensor down; 1 is to unroll."""
+        if unrolls(program, top, count):
+            return 1
+        return rows_together(count, self.batch, self.room / max(2 * self.load.forward, 1))

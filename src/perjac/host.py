@@ -141,7 +141,7 @@ def as_it_is() -> Iterator[None]:
     `Context.function_call_options` (since TensorFlow 1.14) is what a call is made with; the public
     `tf.config.optimizer` says it of the whole process. Everything else stays as the user has it.
     """
-    here = context.context()
+    here: Any = context.context()
     usual = here.function_call_options
     here.function_call_options = _unchanged(usual)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,11 +21,11 @@ from perjac.layout import Relabelling
 from perjac.pullback import pull_back
 from perjac.questions import THEMSELVES, Question
 from perjac.roots import ROOTS
-from perjac.seeds import row
+from perjac.route import Route
+from perjac.routing import Routing
 from perjac.shapes import known, size
 from perjac.sites import Flow, Site, upstream
 from perjac.sources import Source
-from perjac.sweep import cotangents
 from perjac.trace import Program
 
 # Unrolled, every row adds its own backward pass to the graph: quick to run (35 ms against 83 for
@@ -246,8 +246,8 @@ class Job:
         The inputs and activations asked for, and their tensors.
     signature : tuple of str and int
         The seeds' kind and count.
-    chunk : int
-        Rows swept together.
+    route : Route
+        How the cotangents are come by, as of `route_of`.
     order : Order
         How examples lie in the tensors.
     dtype : tf.DType
@@ -267,7 +267,7 @@ class Job:
         decisions: Sequence[Decision],
         tensors: Mapping[Source, str],
         signature: tuple[str, int],
-        chunk: int,
+        route: Route,
         order: Order,
         dtype: tf.DType,
         jit: bool,
@@ -277,9 +277,9 @@ class Job:
         self._order, self._dtype, self._compact = order, dtype, compact
         self._question = question
         self._program, self._head, self._tensors = program, head, dict(tensors)
-        (self._kind, self._count), self._chunk = signature, chunk
+        (self._kind, self._count), self._route = signature, route
         self._wanted = {d.source.index: d.source for d in decisions}
-        self._sites = list(dict.fromkeys(s for d in decisions for s in d.sites))
+        self._sites = sites_of(decisions)
         self.run = host.compiled(
             self.body, input_signature=self._signature(), jit_compile=jit or None
         )
@@ -304,30 +304,26 @@ class Job:
         }
         places = [program.stand_in(s.operation).cotangent for s in self._sites]
         operations = [s.operation for s in self._sites]
-        names = [self._head, *operations, *places, *self._tensors.values()]
+        names = [self._head, *operations, *places, *self._route.names]
         found = program.replay(inputs, values, names, quick=True)
         output, batch = found[self._head], tf.shape(inputs[0])[0]
-        output.set_shape([None, *program.extents[self._head].rest])
+        for name in {self._head, *self._route.places} & program.extents.keys():
+            found[name].set_shape([None, *program.extents[name].rest])
         bound = [_bind(program, s, found[s.operation], batch, self._order) for s in self._sites]
-        targets = [found[name] for name in self._tensors.values()]
-        swept: list[Any] = []
-        if targets or bound:
-            swept = cotangents(
-                output,
-                targets + [found[name] for name in places],
-                [lambda g: tf.expand_dims(g, 1)] * len(targets) + [site.unfold for site in bound],
-                lambda k: row(self._kind, payload, k, output),
-                self._count,
-                self._chunk,
-            )
+        unfolds = {name: site.unfold for name, site in zip(places, bound, strict=True)}
+        unfolds |= {name: lambda g: tf.expand_dims(g, 1) for name in self._tensors.values()}
+        swept: dict[str, Any] = {}
+        if self._route.targets:
+            rows = self._route.cotangents(found, unfolds, self._kind, payload, self._count)
+            swept = dict(zip(self._route.targets, rows, strict=True))
         factors = {
             source.key: Explicit(Relabelling.of(source.shape), tf.squeeze(delta, 2)).cast(
                 self._dtype
             )
-            for source, delta in zip(self._tensors, swept, strict=False)
-            if delta is not None
+            for source, name in self._tensors.items()
+            if (delta := swept[name]) is not None
         }
-        factors |= self._weights(bound, swept[len(targets) :], values)
+        factors |= self._weights(bound, [swept[name] for name in places], values)
         answers = self._question(factors)
         return output, answers, _finite(inputs), _finite(list(values.values()))
 
@@ -373,6 +369,43 @@ def _finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         for t in tensors
     ]
     return tf.math.is_finite(tf.stack(sums))
+
+
+def sites_of(decisions: Sequence[Decision]) -> list[Site]:
+    """Return the sites of all these weights, each once."""
+    return list(dict.fromkeys(s for d in decisions for s in d.sites))
+
+
+def route_of(
+    program: Program,
+    head: str,
+    decisions: Sequence[Decision],
+    tensors: Iterable[str],
+    count: int,
+    batch: int,
+    room: int,
+    chunk_of: Callable[[str, int], int],
+) -> Route:
+    """Return how the cotangents of tensors, and of the weights' sites, are come by.
+
+    Parameters
+    ----------
+    program, head : Program, str
+        The trace, and the output's tensor.
+    decisions : sequence of Decision
+        The weights that go the factored way.
+    tensors : iterable of str
+        The inputs and activations asked for.
+    count, batch : int
+        K and B.
+    room : int
+        Bytes that there are on the way.
+    chunk_of : callable
+        (tensor, rows) → how many rows to sweep together from there down; 1 is to unroll them.
+    """
+    places = [program.stand_in(site.operation).cotangent for site in sites_of(decisions)]
+    targets = tuple(dict.fromkeys([*tensors, *places]))
+    return Routing(program, head, targets, count, batch, room, chunk_of).best()
 
 
 def rows_at_once(program: Program, count: int) -> int:

@@ -18,6 +18,9 @@ from perjac.errors import InputError, OutOfRangeError
 from perjac.roots import ROOTS
 from perjac.shapes import known
 
+# So many columns of a root are made one by one; more are vectorised, to keep graphs small.
+_UNROLLED = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
@@ -83,6 +86,36 @@ def row(kind: str, payload: tf.Tensor, k: Any, output: tf.Tensor) -> tf.Tensor:
     hot = tf.one_hot(index, entries, dtype=output.dtype)  # (entries,), or (B, entries)
     hot = tf.reshape(hot, tf.concat([[-1], tf.shape(output)[1:]], 0))
     return tf.broadcast_to(hot, tf.shape(output))
+
+
+def rows(kind: str, payload: tf.Tensor, count: int, output: tf.Tensor) -> tf.Tensor:
+    """Return all K rows as cotangents, (B, K, *output_shape); (1, K, ...) where they are alike."""
+    shape = known(output.shape[1:])
+    if kind == "cotangents":
+        return payload
+    if kind in ROOTS:
+        if count <= _UNROLLED:
+            return tf.stack([row(kind, payload, k, output) for k in range(count)], 1)
+        columns = tf.vectorized_map(lambda k: row(kind, payload, k, output), tf.range(count))
+        return tf.transpose(columns, [1, 0, *range(2, columns.shape.rank)])
+    if kind == "all":
+        return tf.reshape(tf.eye(count, dtype=output.dtype), [1, count, *shape])
+    index = payload[None] if kind == "chosen" else payload[:, None]
+    hot = tf.one_hot(index, math.prod(shape), dtype=output.dtype)
+    return tf.reshape(hot, [-1, count, *shape])
+
+
+def project(kind: str, payload: tf.Tensor, count: int, columns: tf.Tensor, output: tf.Tensor):
+    """Return the K rows (B, K, D) of columns (B, D, *output_shape)."""
+    entries = output.shape[1:].num_elements()
+    flat = tf.reshape(columns, [-1, columns.shape[1], entries])
+    if kind == "each":
+        return tf.gather(flat, payload[:, None], axis=2, batch_dims=1)[..., 0][:, None]
+    if kind in ("all", "chosen"):
+        wanted = flat if kind == "all" else tf.gather(flat, payload, axis=2)
+        return tf.transpose(wanted, [0, 2, 1])
+    directions = tf.reshape(rows(kind, payload, count, output), [-1, count, entries])
+    return tf.matmul(directions, flat, transpose_b=True)
 
 
 def select(kind: str, payload: tf.Tensor, output: tf.Tensor) -> tf.Tensor:

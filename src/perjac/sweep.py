@@ -1,4 +1,4 @@
-"""Seeds → cotangents: reverse sweeps through the traced graph, one for each row.
+"""Seeds → cotangents: sweeps through the traced graph, one for each row or each column.
 
 Examples do not influence one another, so one sweep from all examples' outputs gives every
 example's own cotangents. Must not know rules, weights or factors.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 Row = Callable[[object], tf.Tensor]
+Sweep = Callable[[object], list[tf.Tensor | None]]
 
 
 def cotangents(
@@ -52,15 +53,52 @@ def cotangents(
             for g, unfold in zip(swept, unfolds, strict=True)
         ]
 
+    return _each(sweep, len(targets), count, chunk)
+
+
+def tangents(
+    output: tf.Tensor, source: tf.Tensor, column: Row, count: int, chunk: int
+) -> tf.Tensor | None:
+    """Return the output's tangent for each column, (B, D, *output_shape).
+
+    A cotangent's way back is linear in the cotangent, and the derivative by it is the way ahead; so
+    of the way back nothing is computed.
+
+    Parameters
+    ----------
+    output, source : tf.Tensor
+        (B, *output_shape) and (B, *shape), in the graph being built.
+    column : callable
+        d → the tangent of the source, (B, *shape); d is a number or a scalar tensor.
+    count : int
+        D.
+    chunk : int
+        As in `cotangents`.
+
+    Raises
+    ------
+    LookupError
+        If an operation's gradient has no gradient.
+    """
+    cotangent = tf.zeros_like(output)
+    (back,) = tf.gradients(output, source, grad_ys=cotangent)
+    if back is None:
+        return None
+
+    def sweep(d: object) -> list[tf.Tensor | None]:
+        return tf.gradients(tf.convert_to_tensor(back), cotangent, grad_ys=column(d))
+
+    return _each(sweep, 1, count, chunk)[0]
+
+
+def _each(sweep: Sweep, width: int, count: int, chunk: int) -> list[tf.Tensor | None]:
     if chunk <= 1:
         rows = [sweep(k) for k in range(count)]
         return [None if g[0] is None else tf.stack(g, 1) for g in zip(*rows, strict=True)]
-    return _vectorised(sweep, len(targets), count, min(chunk, count))
+    return _vectorised(sweep, width, count, min(chunk, count))
 
 
-def _vectorised(
-    sweep: Callable[[object], list[tf.Tensor | None]], width: int, count: int, chunk: int
-) -> list[tf.Tensor | None]:
+def _vectorised(sweep: Sweep, width: int, count: int, chunk: int) -> list[tf.Tensor | None]:
     connected: list[int] = []
 
     def reached(k: tf.Tensor) -> list[tf.Tensor]:

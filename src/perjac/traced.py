@@ -9,8 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import host, independence, memory, progress, sites
-from perjac.chunks import MOST, Load
+from perjac import host, independence, memory, sites
+from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
 from perjac.errors import (
@@ -23,6 +23,7 @@ from perjac.errors import (
 )
 from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
+from perjac.jobs import Asked, Jobs
 from perjac.layout import Relabelling
 from perjac.normalise import flatten
 from perjac.plan import Decision, Job, decide, rows_at_once, unrolls, zero
@@ -71,7 +72,6 @@ class Traced:
     ):
         self._jit, self._whole = whole or (jit and program.suits_xla), whole
         self._apart: set[Question] = set()  # questions that XLA does not compile
-        self._ran: set[tuple] = set()  # jobs, and the batch sizes that XLA has compiled them for
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
         self._checked: set[str] = set()  # heads whose shapes show no meeting
@@ -80,12 +80,14 @@ class Traced:
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
         self._compact = True
+        self._jobs = Jobs(program, self._jit)
 
     @functools.cached_property
     def uncompacted(self) -> Traced:
         """The same trace, whose factors keep their two sides even where the rows are smaller."""
         other = copy.copy(self)
         other._compact, other._made = False, {}
+        other._jobs = Jobs(self.program, self._jit, compact=False)
         other._probed = set(self._probed)  # each knows the order of what it has probed itself
         return other
 
@@ -203,9 +205,10 @@ class Traced:
         if batch.size == 0:  # which TensorFlow's own reshapes, of -1 by nothing, may get wrong
             dtype = self.program.graph.get_tensor_by_name(head).dtype
             return tf.zeros([0, *self.row_shape(head)], dtype)
-        job = self._job(head, [], {}, ("all", 1), 1, tf.float32)
         load = Load(1, True, self.footprint(head))
-        runs = load.runs(batch.size, load.room(batch.size, memory_limit))
+        room = load.room(batch.size, memory_limit)
+        job = self._job(head, [], {}, ("all", 1), Pace(batch.size, load, room), tf.float32)
+        runs = load.runs(batch.size, room)
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
         parts = [job.run(part.tensors, nothing)[0] for part in batches]
@@ -330,8 +333,8 @@ class Traced:
         tensors = {
             s: s.tensor or self.program.inputs[s.index] for s in sources if s.kind != "weight"
         }
-        chunk = self._load(head, decisions, tuple(tensors), chosen.count).together(batch.size, MOST)
-        job = self._job(head, decisions, tensors, chosen.signature, chunk, dtype)
+        pace = Pace(batch.size, self._load(head, decisions, tuple(tensors), chosen.count), MOST)
+        job = self._job(head, decisions, tensors, chosen.signature, pace, dtype)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
 
         def run(inputs: list[tf.Tensor], payload: tf.Tensor) -> tuple[tf.Tensor, dict[str, Factor]]:
@@ -369,10 +372,10 @@ class Traced:
         asked = question if together else THEMSELVES
         answers = []
         for block in blocks:
-            chunk = load.together(batch.size, room)
-            job = self._job(head, decisions, tensors, block.signature, chunk, dtype, asked)
+            pace = Pace(batch.size, load, room)
+            job = self._job(head, decisions, tensors, block.signature, pace, dtype, asked)
             try:
-                answers.append(self._run(job, batch, block))
+                answers.append(self._jobs.run(job, batch, block))
             except tf.errors.OpError as failure:
                 if not self._jit:
                     raise
@@ -387,34 +390,18 @@ class Traced:
             found = join_rows([factors for _, factors, *_ in answers])
         return result, found if together else query(question)(found), *fine
 
-    def _run(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
-        """Run a job; of its first time, which takes long, whoever reads is told."""
-        known = job, batch.size if self._jit else None
-        if known in self._ran:
-            return job.run(batch.tensors, chosen.payload)
-        size = f" for batches of {batch.size}" if self._jit else ""
-        with progress.doing(f"compiling the sweep{size}"):
-            self._ran.add(known)
-            return job.run(batch.tensors, chosen.payload)
-
     def _job(
         self,
         head: str,
         decisions: Sequence[Decision],
         tensors: dict[Source, str],
         signature: tuple[str, int],
-        chunk: int,
+        pace: Pace,
         dtype: tf.DType,
         question: Question = THEMSELVES,
     ) -> Job:
-        wanted = tuple(d.source for d in decisions), tuple(tensors)
-        how = (signature, chunk, self._order, dtype, self._jit and any(wanted))
-        return self.once(
-            ("job", head, wanted, *how, question),
-            lambda: Job(
-                self.program, head, decisions, tensors, *how, self._compact, question=question
-            ),
-        )
+        asked = Asked(head, tuple(decisions), tuple(tensors.items()), signature, dtype, question)
+        return self._jobs.of(asked, self._order, pace)
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
         program = self.program

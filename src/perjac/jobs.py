@@ -1,0 +1,121 @@
+"""Every job compiled for one trace: each way is made once, and run.
+
+Chooses the way to what is asked for; must not know what becomes of the answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import progress
+from perjac.chunks import Pace
+from perjac.independence import Order
+from perjac.inputs import Batch
+from perjac.plan import Decision, Job, route_of
+from perjac.questions import Question
+from perjac.route import Route
+from perjac.seeds import Seeds
+from perjac.sources import Source
+from perjac.trace import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a job is to answer.
+
+    Attributes
+    ----------
+    head : str
+        The output's tensor.
+    decisions : tuple of Decision
+        The weights that go the factored way.
+    tensors : tuple of (Source, str)
+        The inputs and activations, and their tensors.
+    signature : tuple of str and int
+        The seeds' kind and count.
+    dtype : tf.DType
+        What factors are held in.
+    question : Question
+        What is asked of them.
+    """
+
+    head: str
+    decisions: tuple[Decision, ...]
+    tensors: tuple[tuple[Source, str], ...]
+    signature: tuple[str, int]
+    dtype: tf.DType
+    question: Question
+
+    @property
+    def key(self) -> tuple:
+        """What tells it from others: decisions follow from their sources."""
+        weights = tuple(d.source for d in self.decisions)
+        return self.head, weights, self.tensors, self.signature, self.dtype, self.question
+
+
+class Jobs:
+    """The jobs of a trace.
+
+    Parameters
+    ----------
+    program : Program
+        The trace.
+    jit : bool
+        Whether XLA compiles them, anew for each batch size.
+    compact : bool
+        As in `Job`.
+    """
+
+    def __init__(self, program: Program, jit: bool, compact: bool = True):
+        self._program, self._jit, self._compact = program, jit, compact
+        self._by_pace: dict[tuple, Job] = {}
+        self._by_route: dict[tuple, Job] = {}
+        self._ran: set[tuple] = set()  # jobs, and the batch sizes that XLA has compiled them for
+
+    def of(self, asked: Asked, order: Order, pace: Pace) -> Job:
+        """Return the job for batches of a size: the same one for all that go one way."""
+        key = (asked.key, order, pace.key)
+        if key not in self._by_pace:
+            self._by_pace[key] = self._on(self._route(asked, pace), asked, order)
+        return self._by_pace[key]
+
+    def run(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
+        """Run a job; of its first time, which takes long, whoever reads is told."""
+        known = job, batch.size if self._jit else None
+        if known in self._ran:
+            return job.run(batch.tensors, chosen.payload)
+        size = f" for batches of {batch.size}" if self._jit else ""
+        with progress.doing(f"compiling the sweep{size}"):
+            self._ran.add(known)
+            return job.run(batch.tensors, chosen.payload)
+
+    def _on(self, route: Route, asked: Asked, order: Order) -> Job:
+        key = (asked.key, order, route.key)
+        if key not in self._by_route:
+            wanted = bool(asked.decisions or asked.tensors)
+            self._by_route[key] = Job(
+                self._program,
+                asked.head,
+                asked.decisions,
+                dict(asked.tensors),
+                asked.signature,
+                route,
+                order,
+                asked.dtype,
+                self._jit and wanted,
+                self._compact,
+                asked.question,
+            )
+        return self._by_route[key]
+
+    def _route(self, asked: Asked, pace: Pace) -> Route:
+        rows: Any = functools.partial(pace.rows, self._program)
+        names = [name for _, name in asked.tensors]
+        count = asked.signature[1]
+        return route_of(
+            self._program, asked.head, asked.decisions, names, count, pace.batch, pace.room, rows
+        )
