@@ -405,7 +405,10 @@ def route_of(
     """
     places = [program.stand_in(site.operation).cotangent for site in sites_of(decisions)]
     targets = tuple(dict.fromkeys([*tensors, *places]))
-    return Routing(program, head, targets, count, batch, room, chunk_of).best()
+    # With weights, the way across a narrow place takes as long (a CNN of 1,000 classes: its GGN
+    # and KFAC), and half as long again to trace.
+    straight = bool(decisions)
+    return Routing(program, head, targets, count, batch, room, chunk_of, straight).best()
 
 
 def rows_at_once(program: Program, count: int) -> int:

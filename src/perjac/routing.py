@@ -73,6 +73,8 @@ class Routing:
         Bytes that there are on the way.
     chunk_of : callable
         (tensor, rows) → how many rows to sweep together from there down.
+    straight : bool
+        Whether to go by rows anyway.
     """
 
     program: Program
@@ -82,10 +84,12 @@ class Routing:
     batch: int
     room: int
     chunk_of: Callable[[str, int], int]
+    straight: bool = False
 
     def best(self) -> Route:
         """Return the way to take."""
-        cuts = [cut for name in self._narrow() if (cut := self._cut(name)) is not None]
+        names = [] if self.straight else self._narrow()
+        cuts = [cut for name in names if (cut := self._cut(name)) is not None]
         for cut in sorted(cuts, key=lambda cut: cut.work):
             if cut.work * _GAIN > self.count * self._work(self._steps):
                 break
