@@ -11,6 +11,8 @@ from models import floats, randomise
 import perjac as pj
 from perjac.errors import InputError
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RNG = np.random.default_rng(4)
 X = RNG.standard_normal((3, 5, 4))
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)

@@ -26,6 +26,8 @@ from perjac.errors import DisconnectedWarning, NotFiniteError, TooLargeError
 from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero
 from perjac.questions import SideMoments, Squares
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 BATCH = 7
 QUESTIONS = [Squares(), SideMoments(False, 8192), SideMoments(True, 2)]
 # Models that together have every kind of factor, windows of a convolution among them.

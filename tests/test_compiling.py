@@ -17,6 +17,8 @@ from perjac.compiling import compiles_whole, why_not
 from perjac.errors import SlowPathWarning
 from perjac.questions import Squares
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RNG = np.random.default_rng(3)
 
 

@@ -12,6 +12,8 @@ import tensorflow as tf
 
 import perjac as pj
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 

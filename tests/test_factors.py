@@ -300,7 +300,7 @@ def test_large_rows_are_formed_example_by_example_with_the_same_answers(monkeypa
     factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
     patches = Draw(1, (3, 2, 2, 1, 3, 4)).patches()
     at_once = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
-    monkeypatch.setattr("perjac.factors.base._FORM_AT_ONCE", 0)
+    monkeypatch.setattr("perjac.factors.base.FORM_AT_ONCE", 0)
     monkeypatch.setattr(Outer, "ways", lambda self, question: [Way("form I×O", 1, 1, True)])
     one_by_one = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
     for a, b in zip(tf.nest.flatten(at_once), tf.nest.flatten(one_by_one), strict=True):

@@ -120,7 +120,7 @@ def test_one_example_after_another_gives_the_same(kind, monkeypatch):
     asked = {"right": tf.constant(orthogonal(draw.rng, *np.array(factor.reading.target)[[0, 2]]))}
     expected = *factor.moments(False, 100), factor.squares_along(asked)
     for module in (base, outer):
-        monkeypatch.setattr(module, "_FORM_AT_ONCE", 1)
+        monkeypatch.setattr(module, "FORM_AT_ONCE", 1)
     for found, whole in zip(
         (*factor.moments(False, 100), factor.squares_along(asked)), expected, strict=True
     ):

@@ -21,6 +21,8 @@ from perjac import seeds
 from perjac.folded import ENTRY_BY_ENTRY, RULES
 from perjac.routing import TWICE
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 BATCH = 3
 RNG = np.random.default_rng(0)
 

@@ -215,7 +215,7 @@ def test_large_rows_are_projected_example_by_example_with_the_same_result(monkey
     kinds = ("explicit", "outer_over_positions", "grouped", "patches")
     factors = [draw.factor(kind) for draw, kind in zip(draws, kinds, strict=True)]
     at_once = [projected(factor, "gaussian") for factor in factors]
-    monkeypatch.setattr("perjac.factors.base._FORM_AT_ONCE", 0)
+    monkeypatch.setattr("perjac.factors.base.FORM_AT_ONCE", 0)
     for factor, right in zip(factors, at_once, strict=True):
         np.testing.assert_allclose(projected(factor, "gaussian"), right, rtol=1e-10)
 
