@@ -126,3 +126,25 @@ def test_large_graphs_run_without_being_rewritten(monkeypatch):
     np.testing.assert_allclose(small(tf.constant(3.0)), 3)
     assert len(seen) == 1
     assert here.function_call_options is usual
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("second", [True, False], ids=["transposed", "plain"])
+def test_vectorised_products_are_right_for_one_example(batch, known, second):
+    # (N, 1, T, I) @ (1, 1, I, O): oneDNN's kernel is wrong here, and may end the process.
+    numbers = np.random.default_rng(0)
+    x = numbers.normal(size=(8, batch, 7, 5)).astype("float32")
+    y = numbers.normal(size=(batch, 3, 5) if second else (batch, 5, 3)).astype("float32")
+    length = batch if known else None
+    signature = [
+        tf.TensorSpec((8, length, *x.shape[2:])),
+        tf.TensorSpec((length, *y.shape[1:])),
+    ]
+
+    @tf.function(input_signature=signature)
+    def products(x, y):
+        return tf.vectorized_map(lambda one: tf.matmul(one, y, transpose_b=second), x)
+
+    right = np.matmul(x.astype(float), np.swapaxes(y, -1, -2) if second else y)
+    np.testing.assert_allclose(products(x, y), right, rtol=1e-5, atol=1e-5)

@@ -19,6 +19,7 @@ from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import context
 from tensorflow.python.framework import function_def_to_graph
 from tensorflow.python.framework import ops as framework
+from tensorflow.python.ops.parallel_for import pfor
 
 
 def captures(graph: Any) -> list[tuple[tf.Tensor, tf.Tensor]]:
@@ -230,6 +231,31 @@ for _name, _gradient in {
     FIRST["MatMul"]: _matmul_first,
 }.items():
     tf.RegisterGradient(_name)(_gradient)
+
+
+def _vectorised_matmul(asked: Any) -> Any:
+    """Return what a vectorised map makes of BatchMatMulV2, past a kernel that is wrong.
+
+    oneDNN's product (N, 1, T, I) @ (1, 1, I, O), as in TensorFlow 2.21, reads past its operands:
+    wrong numbers, or the end of the process. That is N rows of one example. With another axis of
+    length 1 it is right and takes as long.
+    """
+    asked.expanddim_inputs_for_broadcast()
+    operands = [asked.input(n)[0] for n in range(2)]
+    matrices = [x for x in operands if x.shape.rank == 4]
+    risky = max(x.shape.rank or 0 for x in operands) == 4 and all(
+        x.shape[1] in (1, None) for x in matrices
+    )
+    if risky:
+        operands = [x[:, None] if x.shape.rank == 4 else x for x in operands]
+    product = tf.matmul(
+        *operands, adjoint_a=asked.get_attr("adj_x"), adjoint_b=asked.get_attr("adj_y")
+    )
+    return pfor.wrap(tf.squeeze(product, 1) if risky else product, True)
+
+
+# `pfor._pfor_converter_registry` (since TensorFlow 1.13): `RegisterPFor` refuses to replace one.
+pfor._pfor_converter_registry["BatchMatMulV2"] = _vectorised_matmul
 
 
 def registered_gradient(name: bytes) -> Callable[..., Any]:
