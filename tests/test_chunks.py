@@ -370,8 +370,10 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("model", "job", "limit"),
-    [("cnn", "jacobian", 384), ("cnn", "squares", 64), ("cnn", "gradients", 96),
-     ("transformer", "gradients", 320), ("transformer", "squares", 64)],
+    [("cnn", "jacobian", 384),
+     *(pytest.param(*case, marks=pytest.mark.large)
+       for case in [("cnn", "squares", 64), ("cnn", "gradients", 96),
+                    ("transformer", "gradients", 320), ("transformer", "squares", 64)])],
 )  # fmt: skip
 def test_peak_memory_stays_under_the_limit(model, job, limit):
     tests = str(pathlib.Path(__file__).parent)

@@ -132,7 +132,6 @@ def difference(found: list[np.ndarray], right: list[np.ndarray], slack: float) -
 # Members that show each way through XLA: `make test` compiles these, `make zoo` all.
 COMPILED = (
     "squeeze-and-excitation", "dense silu", "conv3dtranspose", "while over a weight",
-    "MobileNetV2",
 )  # fmt: skip
 # Where TensorFlow's own gradient does not compile, and in which float type it does.
 TENSORFLOWS_OWN = {"U-Net: upsampling": "float32"}  # ResizeBilinearGrad is float32 under XLA

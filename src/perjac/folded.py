@@ -20,6 +20,10 @@ import tensorflow as tf
 from perjac.shapes import known
 from perjac.trace import Extent, Program
 
+# Axes of an example, at most: rows, folds and the batch come in front, and TensorFlow broadcasts
+# no more than so many together.
+_AXES = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -72,6 +76,8 @@ class Passage:
             if not {below, above} <= program.extents.keys() or op.type not in RULES:
                 return None
             ends = program.extents[below], program.extents[above]
+            if max(len(end.rest) for end in ends) > _AXES:
+                return None
             step = Step(op.name, operand, below, above, *ends, _other(op, operand))
             if not is_plain(op) or not RULES[op.type][0](op, step):
                 return None
