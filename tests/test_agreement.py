@@ -194,6 +194,7 @@ def test_an_empty_batch_has_an_empty_jacobian(name):
     assert jac.norms().shape == (0,)
 
 
+@pytest.mark.slow
 @each(["lenet", "tied_embedding", "shared_dense", "lstm", "plain_function", "conv2d_transpose"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_verify_passes(name, dtype):

@@ -94,6 +94,7 @@ def test_saliency_writes_a_picture_for_each_image_with_the_oracles_values(folder
     assert (out / "index.html").read_text().count("data:image/png;base64,") == 6
 
 
+@pytest.mark.slow
 def test_saliency_of_all_outputs_by_several_methods(folder, capfd):
     import perjac as pj
 
@@ -118,6 +119,7 @@ def test_saliency_of_all_outputs_by_several_methods(folder, capfd):
     assert list(saved["about/methods"]) == list(both)
 
 
+@pytest.mark.slow
 def test_a_softmax_is_noticed_and_logits_are_explained_on_request(folder, capfd):
     inside = keras.models.load_model(folder / "model.keras", compile=False)
     keras.Sequential([inside, keras.layers.Softmax()]).save(folder / "soft.keras")
@@ -135,6 +137,7 @@ def test_a_softmax_is_noticed_and_logits_are_explained_on_request(folder, capfd)
     np.testing.assert_array_equal(saved["target"], saved["outputs"].argmax(1))
 
 
+@pytest.mark.slow
 def test_saliency_of_an_embedding_and_of_several_inputs(folder, capfd):
     ids, number = keras.Input((7,), dtype="int32", name="ids"), keras.Input((2,), name="number")
     words = keras.layers.Embedding(20, 4, name="embed")(ids)
@@ -159,6 +162,7 @@ def test_saliency_of_an_embedding_and_of_several_inputs(folder, capfd):
     assert np.load(folder / "two" / "values.npz")["values"].shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_options_go_to_the_methods_that_take_them(folder, capfd, monkeypatch):
     from perjac import saliency
 
