@@ -134,7 +134,8 @@ COMPILED = (
     "squeeze-and-excitation", "dense silu", "conv3dtranspose", "while over a weight",
 )  # fmt: skip
 # Where TensorFlow's own gradient does not compile, and in which float type it does.
-TENSORFLOWS_OWN = {"U-Net: upsampling": "float32"}  # ResizeBilinearGrad is float32 under XLA
+# ResizeBilinearGrad is float32 under XLA.
+TENSORFLOWS_OWN = dict.fromkeys(("U-Net: upsampling", "upsampling2d bilinear between"), "float32")
 
 
 @pytest.mark.parametrize(
