@@ -12,7 +12,7 @@ from keras import layers
 from models import Floats, Ids, floats, randomise
 
 import perjac as pj
-from perjac import progress
+from perjac import patches, progress
 from perjac.compiling import compiles_whole, why_not
 from perjac.errors import SlowPathWarning
 from perjac.questions import Squares
@@ -45,6 +45,22 @@ def test_engines_go_by_the_devices_there_are(monkeypatch, jit):
         warnings.simplefilter("always")
         pj.Engine(model, jit=jit).jacobian(x)
     assert bool(about_xla(given)) == (jit is not False)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_windows_are_laid_out_for_xla(monkeypatch, jit):
+    under_xla, rows = [], patches.Patches.rows
+
+    def noted(self, delta):
+        under_xla.append(patches._for_xla.get())
+        return rows(self, delta)
+
+    monkeypatch.setattr(patches.Patches, "rows", noted)
+    model = keras.Sequential([keras.Input((6, 6, 4)), layers.Conv2D(4, 3), layers.Flatten()])
+    x = RNG.normal(size=(2, 6, 6, 4)).astype("f4")
+    pj.Engine(model, jit=jit).jacobian(x, outputs=3)
+    assert under_xla
+    assert any(under_xla) is jit
 
 
 def dilated() -> keras.Model:

@@ -17,6 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac import host
 from perjac.shapes import known
 from perjac.trace import Extent, Program
 
@@ -137,7 +138,7 @@ def _can_move(tensor: Any) -> bool:
 
 def is_plain(op: Any) -> bool:
     """Tell whether an operation is of real numbers, and goes back in the way that its type says."""
-    return op.outputs[0].dtype.is_floating and "_gradient_op_type" not in op.node_def.attr
+    return op.outputs[0].dtype.is_floating and not host.goes_its_own_way(op)
 
 
 def _total(parts: list[tf.Tensor]) -> tf.Tensor:

@@ -258,6 +258,11 @@ def _vectorised_matmul(asked: Any) -> Any:
 pfor._pfor_converter_registry["BatchMatMulV2"] = _vectorised_matmul
 
 
+def goes_its_own_way(operation: Any) -> bool:
+    """Tell whether an operation has a gradient of its own, other than its type's."""
+    return "_gradient_op_type" in operation.node_def.attr
+
+
 def registered_gradient(name: bytes) -> Callable[..., Any]:
     """Return the gradient registered under a name (`ops.gradient_registry`, since TensorFlow 1.0).
 

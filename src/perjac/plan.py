@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import host, rules
+from perjac import host, patches, rules
 from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.independence import Order
@@ -281,7 +281,9 @@ class Job:
         self._wanted = {d.source.index: d.source for d in decisions}
         self._sites = sites_of(decisions)
         self.run = host.compiled(
-            self.body, input_signature=self._signature(), jit_compile=jit or None
+            self._for_xla if jit else self.body,
+            input_signature=self._signature(),
+            jit_compile=jit or None,
         )
 
     def _signature(self) -> list:
@@ -294,6 +296,10 @@ class Job:
             "cotangents": tf.TensorSpec([None, self._count, *rest], output.dtype),
         }[self._kind]
         return [program.specs, payload]
+
+    def _for_xla(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
+        with patches.for_xla():
+            return self.body(inputs, payload)
 
     def body(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
         """Return (output, the answers by key, finite inputs, finite variables)."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac import host
 from perjac.shapes import known
 
 Rows = tuple[tf.Tensor, tf.Tensor]  # ψ and its rows, (B, K, *ψ.shape)
@@ -78,12 +79,8 @@ def _reaching(psis: Sequence[tf.Tensor], ends: set[Any]) -> dict[Any, bool]:
 
 def _is_plain(op: Any) -> bool:
     """Tell whether an operation goes back as its type does, between tensors of known shapes."""
-    try:
-        op.get_attr("_gradient_op_type")
-    except ValueError:  # it has none of its own
-        tensors = [*op.inputs, *op.outputs]
-        return all(t.shape.is_fully_defined() for t in tensors) and op.outputs[0].dtype.is_floating
-    return False
+    known_shapes = all(t.shape.is_fully_defined() for t in [*op.inputs, *op.outputs])
+    return known_shapes and op.outputs[0].dtype.is_floating and not host.goes_its_own_way(op)
 
 
 def _reduced(op: Any, operand: int, rows: tf.Tensor) -> tf.Tensor:

@@ -119,10 +119,9 @@ def _vectorised(sweep: Sweep, width: int, count: int, chunk: int) -> list[tf.Ten
         signature = [tf.TensorSpec(t.shape, t.dtype) for t in probe]
         swept = tf.map_fn(together, starts, fn_output_signature=signature, parallel_iterations=1)
         swept = [tf.reshape(t, tf.concat([[-1], tf.shape(t)[2:]], 0))[:count] for t in swept]
-    for tensor in swept:  # a loop forgets how often it ran; factors choose their ways by K
-        tensor.set_shape([count, *tensor.shape[1:]])
     result: list[tf.Tensor | None] = [None] * width
     for n, tensor in zip(connected, swept, strict=bool(connected)):
+        # A loop forgets how often it ran; factors choose their ways by K.
         tensor.set_shape([count, *tensor.shape[1:]])
         result[n] = tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
     return result
