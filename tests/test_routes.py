@@ -206,6 +206,17 @@ def widening():
     return made((2,), dense(7, "tanh"), dense(11))
 
 
+def skipping():
+    """Two numbers that most work lies below, and a way around them."""
+    with floats("float64"):
+        given = keras.Input((6,))
+        z = layers.Dense(30, "tanh")(layers.Dense(30, "tanh")(given))
+        z = layers.Dense(2, "tanh")(z)
+        model = keras.Model(given, layers.Dense(20)(z) + layers.Dense(20)(given))
+    randomise(model.weights)
+    return model
+
+
 def narrow():
     return made((1,), dense(4, "sigmoid"), dense(2))
 
@@ -223,6 +234,7 @@ WAYS = {
     bottleneck: (True, True),
     perceptron: (False, True),
     widening: (True, True),
+    skipping: (True, True),
     narrow: (True, True),
     square: (False, True),
 }
