@@ -18,6 +18,7 @@ import tensorflow as tf
 from perjac import memory
 from perjac.errors import InputError, PerjacWarning, warn
 from perjac.fisher.blocks import Block
+from perjac.fisher.sums import added
 from perjac.layout import Relabelling
 from perjac.questions import SideMoments, Sides
 from perjac.rows import Rows
@@ -214,24 +215,20 @@ class SideSums:
         if not self._totals:
             self._layouts = readings
             _check_sides(found, self._memory_limit)
-            self._totals = {
-                key: [np.array(part, "f8") for part in three] for key, three in moments.items()
-            }
-            return
-        if self._layouts != readings:
+        elif self._layouts != readings:
             raise InputError("The weights meet the data in another way in a later batch. Give "
                              "batches of examples of one shape.")  # fmt: skip
-        for key, sums in self._totals.items():
-            for total, part in zip(sums, moments[key], strict=True):
-                total += np.asarray(part)
+        for key, three in moments.items():
+            before = self._totals.get(key, [None] * 3)
+            self._totals[key] = [added(*pair) for pair in zip(before, three, strict=True)]
 
     def blocks(self, scale: float) -> dict[tuple[str, ...], Kronecker]:
         """Return KFAC's block of each weight; `scale` is what Σ rowᵀ row is multiplied by."""
         return {
             (key,): Kronecker(
-                left / _beside(np.where(count, count, 1), left),
-                right * scale,
-                count,
+                np.divide(left, _beside(np.where(count, count, 1), left), dtype="f8"),
+                np.multiply(right, scale, dtype="f8"),
+                count.astype("f8"),
                 _order(self._layouts[key]),
             )
             for key, (left, right, count) in self._totals.items()

@@ -48,19 +48,21 @@ class Diagonals:
         self._totals: dict[str, np.ndarray] = {}
 
     def add(self, squares: Mapping[str, Any]) -> None:
-        """Add sums over some rows, by key, in float64.
-
-        The first is kept as it is: often there is no other.
-        """
+        """Add sums over some rows, by key."""
         for key, part in squares.items():
-            found, total = np.asarray(part), self._totals.get(key)
-            if total is None:
-                self._totals[key] = found
-            elif total.dtype == np.float64 and total.flags.writeable:
-                total += found
-            else:
-                self._totals[key] = np.add(total, found, dtype="f8")
+            self._totals[key] = added(self._totals.get(key), part)
 
     def blocks(self, scale: float) -> dict[tuple[str, ...], Diagonal]:
         """Return the blocks; `scale` is what the sums are multiplied by."""
         return {(key,): Diagonal(total, scale) for key, total in self._totals.items()}
+
+
+def added(total: np.ndarray | None, part: Any) -> np.ndarray:
+    """Return a total and another part, in float64. The first is kept as it is: often it is all."""
+    part = np.asarray(part)
+    if total is None:
+        return part
+    if total.dtype != np.float64 or not total.flags.writeable:
+        return np.add(total, part, dtype="f8")
+    total += part
+    return total
