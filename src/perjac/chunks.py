@@ -60,10 +60,12 @@ class Load:
         unrolled: bool,
         forward: int,
         kept: bool,
+        together: bool = True,
     ) -> Load:
         """Return the load of a plan: decisions about weights, other sources, K rows.
 
-        `kept` tells whether factors are, or only what is asked of them, which is of no example.
+        `kept` tells whether factors are, or only what is asked of them, which is of no example;
+        `together` whether it is asked while they are swept.
         """
         rows = sum(count * s.size * s.dtype.size for s in others)
         swept = rows + sum(d.swept * d.source.dtype.size for d in decisions)
@@ -71,7 +73,7 @@ class Load:
         held = rows + sum((d.entries or 0) * d.source.dtype.size for d in decisions)
         if kept:
             return cls(count, unrolled, forward, swept, formed, held)
-        asked = sum(
+        asked = together * sum(
             min(count * d.source.size, FORM_AT_ONCE) * d.source.dtype.size for d in decisions
         )
         return cls(count, unrolled, forward, swept, formed + held + asked)

@@ -67,8 +67,16 @@ class Total:
     """Base of questions whose answers are sums over the examples."""
 
     def joined(self, answers: Iterable[Answers], runs: Sequence[slice]) -> Answers:
-        """Add up."""
-        return functools.reduce(functools.partial(tf.nest.map_structure, tf.add), answers)
+        """Add up, tensor by tensor: the sums of a large network fill gigabytes."""
+        whole: Any = None
+        total: list[Any] = []
+        for answer in answers:
+            parts = tf.nest.flatten(answer)
+            whole, answer = whole or tf.nest.map_structure(lambda _: 0, answer), None
+            for n in range(len(total)):
+                total[n], parts[n] = total[n] + parts[n], None
+            total = total or parts
+        return tf.nest.pack_sequence_as(whole, total)
 
 
 @dataclasses.dataclass(frozen=True)

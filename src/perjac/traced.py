@@ -36,6 +36,10 @@ from perjac.trace import Callee, Program
 
 # Operations whose result lies in the memory of their operand.
 _VIEWS = ("Reshape", "Identity", "Squeeze", "ExpandDims", "StopGradient")
+# Operations, at most, of a network whose rows are questioned in the program that sweeps. It saves a
+# call, a millisecond; of a large network all answers would be held beside all that is swept (KFAC
+# of ResNet50, 20 images at a time: 8.4 GiB against 5.4, and a tenth slower).
+_ONE_PROGRAM = 500
 
 
 class _Failed(Exception):
@@ -317,6 +321,7 @@ class Traced:
                 unrolls(self.program, head, rows_at_once(self.program, count)),
                 self.footprint(head),
                 kept,
+                self._is_small(head),
             ),
         )
 
@@ -368,7 +373,7 @@ class Traced:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
         tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
         blocks = list(chosen.blocks(rows_at_once(self.program, chosen.count)))
-        together = len(blocks) == 1 and question not in self._apart
+        together = len(blocks) == 1 and question not in self._apart and self._is_small(head)
         asked = question if together else THEMSELVES
         answers = []
         for block in blocks:
@@ -389,6 +394,11 @@ class Traced:
         if len(blocks) > 1:
             found = join_rows([factors for _, factors, *_ in answers])
         return result, found if together else query(question)(found), *fine
+
+    def _is_small(self, head: str) -> bool:
+        made = ("operations", head)
+        count = self.once(made, lambda: len(sites.upstream(self.program, [head])))
+        return count <= _ONE_PROGRAM
 
     def _job(
         self,

@@ -223,16 +223,20 @@ class SideSums:
             self._totals[key] = [added(*pair) for pair in zip(before, three, strict=True)]
 
     def blocks(self, scale: float) -> dict[tuple[str, ...], Kronecker]:
-        """Return KFAC's block of each weight; `scale` is what Σ rowᵀ row is multiplied by."""
-        return {
-            (key,): Kronecker(
+        """Return KFAC's block of each weight; `scale` is what Σ rowᵀ row is multiplied by.
+
+        The sums are used up, one after another: of a large network they fill gigabytes.
+        """
+        found = {}
+        for key in list(self._totals):
+            left, right, count = self._totals.pop(key)
+            found[(key,)] = Kronecker(
                 np.divide(left, _beside(np.where(count, count, 1), left), dtype="f8"),
                 np.multiply(right, scale, dtype="f8"),
                 count.astype("f8"),
                 _order(self._layouts[key]),
             )
-            for key, (left, right, count) in self._totals.items()
-        }
+        return found
 
 
 def eigenbasis_blocks(

@@ -1,6 +1,6 @@
 """Running sums over the rows of a square root, of which forms made of blocks are made.
 
-Each can be asked for its blocks at any time, so that a pass that is stopped is not lost.
+Each can be asked for its blocks at any time, once, so that a pass that is stopped is not lost.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def added(total: np.ndarray | None, part: Any) -> np.ndarray:
     part = np.asarray(part)
     if total is None:
         return part
-    if total.dtype != np.float64 or not total.flags.writeable:
-        return np.add(total, part, dtype="f8")
-    total += part
-    return total
+    if total.dtype == np.float64 and total.flags.writeable:
+        return np.add(total, part, out=total)
+    return np.add(total, part, dtype="f8")
