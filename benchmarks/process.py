@@ -88,7 +88,8 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | variables,
+                # Nothing is known from an earlier run: what choosing takes is part of a first call.
+                env=os.environ | {"PERJAC_CACHE": "off"} | variables,
             )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()

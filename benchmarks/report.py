@@ -158,7 +158,8 @@ def _cells(timed: Timed, ours: float | None) -> str:
 
 
 def _ours(result: dict) -> float | None:
-    return next((t.median_ms for t in result["ways"] if t.peer == OURS and t.repeats_ms), None)
+    times = [t.median_ms for t in result["ways"] if t.peer == OURS and t.repeats_ms]
+    return min(times, default=None)
 
 
 def main() -> None:

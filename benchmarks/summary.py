@@ -21,7 +21,7 @@ class Standing:
     job, model, examples : str, str, int
         Which.
     ours : Timed or None
-        perjac's times, if it has any.
+        perjac's quickest way, if it has any.
     others : list of Timed
         Each peer's quickest way, the quickest peer first.
     floors : dict of str to Timed
@@ -42,10 +42,9 @@ class Standing:
     def of(cls, result: dict) -> Standing:
         """Read one result of a run."""
         timed = [way for way in result["ways"] if way.repeats_ms and not way.left_out]
-        ours = next((way for way in timed if way.peer == OURS), None)
         best: dict[str, Timed] = {}
         for way in timed:
-            if way.peer == OURS or way.floor:
+            if way.floor:
                 continue
             known = best.get(way.peer)
             if known is None or way.median_ms < known.median_ms:
@@ -54,7 +53,7 @@ class Standing:
             result["job"],
             result["model"],
             result["examples"],
-            ours,
+            best.pop(OURS, None),
             sorted(best.values(), key=lambda way: way.median_ms),
             {way.way: way for way in timed if way.floor},
             result.get("bytes"),

@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # bounds below are those of the CPU
 
+os.environ.setdefault("PERJAC_CACHE", "off")  # nothing is known from an earlier run
+
 import hypothesis
 
 # Tracing a model takes a third of a second: few examples, and no deadline for each.

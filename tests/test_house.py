@@ -22,16 +22,17 @@ FLOORS = [
     {"saliency", "dataset", "data", "callbacks", "keep"},
     {"engine"},
     {"fisher"},
+    {"examined", "tuning"},
     {"jobs"},
     {"chunks"},
-    {"plan"},
-    {"routing"},
-    {"route"},
+    {"plan", "schedules"},
+    {"device", "routing"},
+    {"costs", "route"},
     {"sweep", "folded", "tape", "jacobian", "gradients"},
     {"rules"},
     {"factors", "sites", "pullback"},
     {"trace"},
-    {"host", "errors", "compiling"},
+    {"host", "errors", "compiling", "cache", "padding"},
 ]
 PRIVATE = ("tensorflow.python", "tensorflow.compiler", "keras.src")
 LINES = 450  # "about 400"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import serve
@@ -14,65 +15,52 @@ from serve import Way, Ways, Work
 import perjac as pj
 
 
-@functools.cache
-def _engine(model) -> pj.Engine:
-    return pj.Engine(model)
-
-
-def weights(work: Work) -> Ways:
-    engine, x = _engine(net(work)), tf.constant(work.x)
+def weights(engine: pj.Engine, work: Work) -> Way:
+    x = tf.constant(work.x)
 
     def run():
         jac = engine.jacobian(x)
         return done([jac[key] for key in jac])
 
-    return {"": Way(run, _arrays)}
+    return Way(run, _arrays)
 
 
-def inputs(work: Work) -> Ways:
-    engine, x = _engine(net(work)), tf.constant(work.x)
-    return {"": Way(lambda: done([engine.jacobian(x, wrt="inputs")["inputs"]]), _arrays)}
+def inputs(engine: pj.Engine, work: Work) -> Way:
+    x = tf.constant(work.x)
+    return Way(lambda: done([engine.jacobian(x, wrt="inputs")["inputs"]]), _arrays)
 
 
-def jacobian_norms(work: Work) -> Ways:
-    engine, x = _engine(net(work)), tf.constant(work.x)
-    return {"": Way(lambda: done([engine.jacobian(x).norms()]), _arrays)}
+def jacobian_norms(engine: pj.Engine, work: Work) -> Way:
+    x = tf.constant(work.x)
+    return Way(lambda: done([engine.jacobian(x).norms()]), _arrays)
 
 
-def gradients(work: Work) -> Ways:
-    grads = _gradients(work)
-
-    def run():
-        return done(list(grads().values()))
-
-    return {"": Way(run, _arrays)}
+def gradients(engine: pj.Engine, work: Work) -> Way:
+    grads = _gradients(engine, work)
+    return Way(lambda: done(list(grads().values())), _arrays)
 
 
-def gradient_norms(work: Work) -> Ways:
-    grads = _gradients(work)
-    return {"": Way(lambda: done([grads().norms()]), _arrays)}
+def gradient_norms(engine: pj.Engine, work: Work) -> Way:
+    grads = _gradients(engine, work)
+    return Way(lambda: done([grads().norms()]), _arrays)
 
 
-def clipped_sum(work: Work) -> Ways:
-    grads = _gradients(work)
-    return {"": Way(lambda: done(list(grads().clipped_sum(CLIP).values())), _arrays)}
+def clipped_sum(engine: pj.Engine, work: Work) -> Way:
+    grads = _gradients(engine, work)
+    return Way(lambda: done(list(grads().clipped_sum(CLIP).values())), _arrays)
 
 
-def ggn_diagonal(work: Work) -> Ways:
-    engine = _engine(net(work))
-
+def ggn_diagonal(engine: pj.Engine, work: Work) -> Way:
     def canonical(form):
         keys = form.columns.slices
         flat = form.diagonal()
         shapes = [variable.shape for variable in net(work).trainable_variables]
         return [flat[keys[k]].reshape(s) for k, s in zip(form.keys, shapes, strict=True)]
 
-    return {"": Way(lambda: engine.fisher(work.x).diagonal(), canonical)}
+    return Way(lambda: engine.fisher(work.x).diagonal(), canonical)
 
 
-def kfac(work: Work) -> Ways:
-    engine = _engine(net(work))
-
+def kfac(engine: pj.Engine, work: Work) -> Way:
     def canonical(form):
         shapes = [variable.shape for variable in net(work).trainable_variables]
         for block, shape in zip(form.blocks.values(), shapes, strict=True):
@@ -80,38 +68,33 @@ def kfac(work: Work) -> Ways:
                 a, b = block.left[0], block.right[0]
                 yield from (a / np.trace(a), b / np.trace(b), np.trace(a) * np.trace(b))
 
-    return {"": Way(lambda: engine.fisher(work.x).kronecker(), canonical)}
+    return Way(lambda: engine.fisher(work.x).kronecker(), canonical)
 
 
-def ntk(work: Work) -> Ways:
-    engine, x = _engine(net(work)), tf.constant(work.x)
-    return {"": Way(lambda: done([engine.jacobian(x).gram()]), _arrays)}
+def ntk(engine: pj.Engine, work: Work) -> Way:
+    x = tf.constant(work.x)
+    return Way(lambda: done([engine.jacobian(x).gram()]), _arrays)
 
 
-def integrated_gradients(work: Work) -> Ways:
-    engine = _engine(net(work))
-
+def integrated_gradients(engine: pj.Engine, work: Work) -> Way:
     def run():
         target = pj.saliency.integrated_gradients(engine, work.x, work.y, baseline=0.0, steps=STEPS)
         return done([target.values])
 
-    return {"": Way(run, _arrays)}
+    return Way(run, _arrays)
 
 
-def smoothgrad(work: Work) -> Ways:
-    engine = _engine(net(work))
-
+def smoothgrad(engine: pj.Engine, work: Work) -> Way:
     def run():
         found = pj.saliency.smoothgrad(
             engine, work.x, work.y, samples=SAMPLES, sigma=SIGMA, relative=False
         )
         return done([found.values])
 
-    return {"": Way(run, _arrays)}
+    return Way(run, _arrays)
 
 
-def _gradients(work: Work):
-    engine = _engine(net(work))
+def _gradients(engine: pj.Engine, work: Work):
     x, y = tf.constant(work.x), tf.constant(work.y)
     return lambda: engine.gradients(x, y, loss=LOSS)
 
@@ -120,8 +103,23 @@ def _arrays(answer) -> list[np.ndarray]:
     return [np.asarray(part) for part in answer]
 
 
+@functools.cache
+def _engine(model, autotune: bool) -> pj.Engine:
+    return pj.Engine(model, autotune=autotune)
+
+
+# Jobs that no schedule is chosen for: their sweeps are those of maps.
+_UNTUNED = (integrated_gradients, smoothgrad)
+
+
+def _both(job: Callable[[pj.Engine, Work], Way], work: Work) -> Ways:
+    """Every job as it comes, and with schedules chosen by trial."""
+    tuned = {} if job in _UNTUNED else {"autotune": job(_engine(net(work), True), work)}
+    return {"": job(_engine(net(work), False), work), **tuned}
+
+
 JOBS = {
-    job.__name__: job
+    job.__name__: functools.partial(_both, job)
     for job in (
         weights, inputs, jacobian_norms, gradients, gradient_norms, clipped_sum, ggn_diagonal, kfac,
         ntk, integrated_gradients, smoothgrad,

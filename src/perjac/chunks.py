@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from perjac import memory
 from perjac.factors.base import FORM_AT_ONCE
-from perjac.plan import Decision, rows_together, unrolls
+from perjac.plan import Decision
+from perjac.schedules import Schedule, rows_together
 from perjac.sources import Source
 from perjac.trace import Program
 
@@ -121,19 +122,22 @@ class Pace:
         Of an example.
     room : int
         Bytes that there are on the way.
+    schedule : Schedule
+        How it is run.
     """
 
     batch: int
     load: Load
     room: int
+    schedule: Schedule
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> tuple:
         """What a job depends on of it."""
-        return self.batch, self.load.together(self.batch, self.room)
+        return self.batch, self.load.together(self.batch, self.room), self.schedule
 
     def rows(self, program: Program, top: str, count: int) -> int:
         """Return how many of so many rows to sweep together from a tensor down; 1 is to unroll."""
-        if unrolls(program, top, count):
+        if self.schedule.unrolls(program, top, count):
             return 1
         return rows_together(count, self.batch, self.room / max(2 * self.load.forward, 1))

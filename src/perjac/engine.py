@@ -53,6 +53,11 @@ class Engine(Trust):
         Whether XLA compiles all from inputs to factors into one program, anew for each batch
         size. "auto" does on a GPU; on a CPU, where that is slower, it compiles recurrent loops and
         the assembly of rank-one rows. What XLA cannot compile goes without, with a warning.
+    autotune : bool
+        Whether to try, the first time that something is asked at a batch size, the ways to run it
+        (rows together or one after another, with XLA or without) and take the fastest. That takes
+        seconds; what was found is remembered in the user's cache folder, or in the one that the
+        environment's `PERJAC_CACHE` names; "off" there remembers nothing.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
 
@@ -89,6 +94,7 @@ class Engine(Trust):
         path: str = "auto",
         memory_limit: int | str | None = None,
         jit: bool | str = "auto",
+        autotune: bool = False,
         independence: str = "check",
     ):
         given = {"path": path, "jit": jit, "independence": independence}
@@ -98,7 +104,7 @@ class Engine(Trust):
         self.model = model = binding.loaded(model, signature)
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
-        self.traces = Traces(model, variables, training, path, jit)
+        self.traces = Traces(model, variables, training, path, jit, autotune)
         self._weights = self.traces.weights
         self._objectives = Objectives(model, self.traces)
 

@@ -98,6 +98,10 @@ class SlowPathWarning(PerjacWarning):
     """A slower way was taken, and why."""
 
 
+class CacheWarning(PerjacWarning):
+    """What was measured cannot be kept for the next time."""
+
+
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Return a sentence naming the known names closest to `name`, for an error message.
 

@@ -18,8 +18,8 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host
-from perjac.shapes import known
-from perjac.trace import Extent, Program
+from perjac.shapes import Extent, known
+from perjac.trace import Program
 
 # Axes of an example, at most: rows, folds and the batch come in front, and TensorFlow broadcasts
 # no more than so many together.

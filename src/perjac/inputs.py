@@ -124,6 +124,13 @@ class Batch:
         """Return some of the examples."""
         return dataclasses.replace(self, tensors=[t[where] for t in self.tensors])
 
+    def repeated(self, count: int) -> Batch:
+        """Return so many examples: these, from the first again after the last."""
+        if count == self.size:
+            return self
+        which = tf.range(count) % self.size
+        return dataclasses.replace(self, tensors=[tf.gather(t, which) for t in self.tensors])
+
     @property
     def specs(self) -> list[tf.TensorSpec]:
         """Shapes with the batch unknown, and dtypes."""

@@ -54,8 +54,61 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spent:
+    """What something takes.
+
+    Attributes
+    ----------
+    seconds : float or None
+        Time; None where it is not foretold.
+    bytes : int
+        Memory, at most.
+    """
+
+    seconds: float | None
+    bytes: int
+
+    def __str__(self) -> str:
+        time = "unknown time" if self.seconds is None else f"{1e3 * self.seconds:,.3g} ms"
+        return f"{time}, {readable(self.bytes)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How all weights' rows are swept.
+
+    Attributes
+    ----------
+    schedule : str
+        Rows together or one after another, and whether XLA compiles all of it.
+    examples, rows : int
+        How many examples, and rows of each, are in the works at a time.
+    expected : Spent
+        Of the sweep, up to factors, by this machine's measured rates.
+    measured : Spent or None
+        The same as it was measured, where it was.
+    forming : Spent
+        Of all rows, expected, where they are formed.
+    """
+
+    schedule: str
+    examples: int
+    rows: int
+    expected: Spent
+    measured: Spent | None
+    forming: Spent
+
+    def __str__(self) -> str:
+        measured = f"; measured {self.measured}" if self.measured else ""
+        return (
+            f"Sweep: {self.schedule}, {self.examples} examples at a time, {self.rows} rows of each;"
+            f" expected {self.expected}{measured}. Forming all rows: expected {self.forming}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspection:
-    """How each trainable weight goes; print it, or read `rows`.
+    """How each trainable weight goes; print it, or read `rows` and `plan`.
 
     Attributes
     ----------
@@ -63,16 +116,21 @@ class Inspection:
         One for each weight.
     batch_size, outputs : int
         B and K, for which memory and work are given.
+    plan : Plan
+        How they are swept.
     """
 
     rows: list[Row]
     batch_size: int
     outputs: int
+    plan: Plan
 
     @classmethod
-    def of(cls, decisions: Sequence[Decision], batch_size: int, outputs: int) -> Inspection:
+    def of(
+        cls, decisions: Sequence[Decision], batch_size: int, outputs: int, plan: Plan
+    ) -> Inspection:
         """Return the table of a plan's decisions."""
-        return cls([_row(d, batch_size, outputs) for d in decisions], batch_size, outputs)
+        return cls([_row(d, batch_size, outputs) for d in decisions], batch_size, outputs, plan)
 
     @property
     def columns(self) -> list[str]:
@@ -105,7 +163,7 @@ class Inspection:
         return (
             f"{factored} of {len(self.rows)} weights factored. For {self.batch_size} examples × "
             f"{self.outputs} outputs: {readable(held)} held, {readable(dense)} if all rows are "
-            f"formed."
+            f"formed. {self.plan}"
         )
 
     def __str__(self) -> str:

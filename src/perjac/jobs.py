@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +16,7 @@ from perjac import progress
 from perjac.chunks import Pace
 from perjac.independence import Order
 from perjac.inputs import Batch
+from perjac.padding import Sizes, first
 from perjac.plan import Decision, Job, route_of
 from perjac.questions import Question
 from perjac.route import Route
@@ -64,37 +66,54 @@ class Jobs:
     ----------
     program : Program
         The trace.
-    jit : bool
-        Whether XLA compiles them, anew for each batch size.
     compact : bool
         As in `Job`.
     """
 
-    def __init__(self, program: Program, jit: bool, compact: bool = True):
-        self._program, self._jit, self._compact = program, jit, compact
+    def __init__(self, program: Program, compact: bool = True):
+        self._program, self._compact = program, compact
         self._by_pace: dict[tuple, Job] = {}
         self._by_route: dict[tuple, Job] = {}
         self._ran: set[tuple] = set()  # jobs, and the batch sizes that XLA has compiled them for
+        self._sizes: dict[Job, Sizes] = {}
 
     def of(self, asked: Asked, order: Order, pace: Pace) -> Job:
         """Return the job for batches of a size: the same one for all that go one way."""
         key = (asked.key, order, pace.key)
         if key not in self._by_pace:
-            self._by_pace[key] = self._on(self._route(asked, pace), asked, order)
+            self._by_pace[key] = self._on(self._route(asked, pace), asked, order, pace)
         return self._by_pace[key]
 
     def run(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
         """Run a job; of its first time, which takes long, whoever reads is told."""
-        known = job, batch.size if self._jit else None
+        if job.jit and job.of_examples:
+            return self._filled_up(job, batch, chosen)
+        return self._run(job, batch, chosen)
+
+    def _filled_up(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
+        """Run a job that XLA compiles for each size of batch, at a size that it may know."""
+        sizes = self._sizes.setdefault(job, Sizes())
+        at = sizes.of(batch.size)
+        began = time.perf_counter()
+        output, answers, *fine = self._run(job, batch.repeated(at), chosen.repeated(at))
+        if at > batch.size or at not in sizes.compiled:
+            fine[0].numpy()  # a card answers before it is done
+            sizes.ran(batch.size, at, time.perf_counter() - began)
+        if at > batch.size:
+            output, answers = first((output, answers), batch.size, at)
+        return output, answers, *fine
+
+    def _run(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
+        known = job, batch.size if job.jit else None
         if known in self._ran:
             return job.run(batch.tensors, chosen.payload)
-        size = f" for batches of {batch.size}" if self._jit else ""
+        size = f" for batches of {batch.size}" if job.jit else ""
         with progress.doing(f"compiling the sweep{size}"):
             self._ran.add(known)
             return job.run(batch.tensors, chosen.payload)
 
-    def _on(self, route: Route, asked: Asked, order: Order) -> Job:
-        key = (asked.key, order, route.key)
+    def _on(self, route: Route, asked: Asked, order: Order, pace: Pace) -> Job:
+        key = (asked.key, order, route.key, pace.schedule.xla)
         if key not in self._by_route:
             wanted = bool(asked.decisions or asked.tensors)
             self._by_route[key] = Job(
@@ -106,7 +125,7 @@ class Jobs:
                 route,
                 order,
                 asked.dtype,
-                self._jit and wanted,
+                pace.schedule.xla and wanted,
                 self._compact,
                 asked.question,
             )

@@ -7,7 +7,6 @@ are swept, and builds one `tf.function` from inputs and seeds to factors.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +26,6 @@ from perjac.shapes import known, size
 from perjac.sites import Flow, Site, upstream
 from perjac.sources import Source
 from perjac.trace import Program
-
-# Unrolled, every row adds its own backward pass to the graph: quick to run (35 ms against 83 for
-# pfor on a small CNN), slow to trace (7.5 s against 2.5 for ten rows of ResNet50). Above this many
-# operations in all, rows are vectorised.
-_UNROLLED_OPERATIONS = 2500
-# Rows that one job unrolls in a graph that pfor cannot go through; more run the job again.
-_UNROLLED_ROWS = 16
-# Rows · examples that a vectorised sweep takes at a time, and the rows that it takes at least.
-_ROWS_TOGETHER, _ROWS_AT_LEAST = 256, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +264,8 @@ class Job:
         compact: bool = True,
         question: Question = THEMSELVES,
     ):
-        self._order, self._dtype, self._compact = order, dtype, compact
-        self._question = question
+        self._order, self._dtype, self._compact, self.jit = order, dtype, compact, jit
+        self._question, self.of_examples = question, question == THEMSELVES
         self._program, self._head, self._tensors = program, head, dict(tensors)
         (self._kind, self._count), self._route = signature, route
         self._wanted = {d.source.index: d.source for d in decisions}
@@ -382,6 +372,14 @@ def sites_of(decisions: Sequence[Decision]) -> list[Site]:
     return list(dict.fromkeys(s for d in decisions for s in d.sites))
 
 
+def targets_of(
+    program: Program, decisions: Sequence[Decision], tensors: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the tensors whose cotangents are wanted: these, and those at the weights' sites."""
+    places = [program.stand_in(site.operation).cotangent for site in sites_of(decisions)]
+    return tuple(dict.fromkeys([*tensors, *places]))
+
+
 def route_of(
     program: Program,
     head: str,
@@ -409,34 +407,11 @@ def route_of(
     chunk_of : callable
         (tensor, rows) → how many rows to sweep together from there down; 1 is to unroll them.
     """
-    places = [program.stand_in(site.operation).cotangent for site in sites_of(decisions)]
-    targets = tuple(dict.fromkeys([*tensors, *places]))
+    targets = targets_of(program, decisions, tensors)
     # With weights, the way across a narrow place takes as long (a CNN of 1,000 classes: its GGN
     # and KFAC), and half as long again to trace.
     straight = bool(decisions)
     return Routing(program, head, targets, count, batch, room, chunk_of, straight).best()
-
-
-def rows_at_once(program: Program, count: int) -> int:
-    """Return how many rows one job takes: all, or few where they have to be unrolled."""
-    return min(count, _UNROLLED_ROWS) if program.stubborn else count
-
-
-def unrolls(program: Program, head: str, count: int) -> bool:
-    """Tell whether rows are swept one after another, over one forward pass."""
-    operations = len(upstream(program, [head]))
-    return count == 1 or bool(program.stubborn) or count * operations <= _UNROLLED_OPERATIONS
-
-
-def rows_together(count: int, batch: int, room: float) -> int:
-    """Return how many rows a vectorised sweep takes at a time, a power of two or all.
-
-    `room` is for how many examples' rows there is memory.
-    """
-    batch = max(batch, 1)
-    least = max(1, min(_ROWS_AT_LEAST, room // batch))
-    together = max(min(_ROWS_TOGETHER, room) // batch, least)
-    return max(2, min(count, 2 ** int(math.log2(together))))
 
 
 def zero(source: Source, batch: int, count: int, dtype: tf.DType) -> Zero:

@@ -10,9 +10,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from perjac.costs import entries_of, multiply_adds
 from perjac.folded import ENTRY_BY_ENTRY, Passage, between, is_plain
 from perjac.route import Leg, Route
-from perjac.shapes import size
 from perjac.trace import Program
 
 # Another way than rows must promise so much fewer multiply-adds: it has costs of its own.
@@ -166,18 +166,8 @@ class Routing:
         return reached
 
     def _entries(self, name: str) -> int:
-        extent = self.program.extents.get(name)
-        return 0 if extent is None else extent.fold * size(extent.rest)
+        return entries_of(self.program, name)
 
     def _work(self, steps: Sequence[tuple[Any, int]]) -> int:
         """Return the multiply-adds that one row takes through these steps, for one example."""
-        return sum(self._work_of(op) for op, _ in steps)
-
-    def _work_of(self, op: Any) -> int:
-        entries = self._entries(op.outputs[0].name)
-        if not any(kind in op.type for kind in ("MatMul", "Conv")):
-            return entries
-        other = op.inputs[1].shape
-        if other.is_fully_defined():  # a kernel, whose last axis is the result's
-            return entries * size(other[:-1])
-        return entries * (op.inputs[0].shape[-1] or 1)
+        return sum(multiply_adds(self.program, op) for op, _ in steps)

@@ -71,6 +71,13 @@ class Seeds:
             return self
         return dataclasses.replace(self, payload=self.payload[where])
 
+    def repeated(self, count: int) -> Seeds:
+        """Return the seeds of so many examples: these, from the first again after the last."""
+        if self.kind not in ("each", "cotangents"):
+            return self
+        which = tf.range(count) % tf.shape(self.payload)[0]
+        return dataclasses.replace(self, payload=tf.gather(self.payload, which))
+
 
 def row(kind: str, payload: tf.Tensor, k: Any, output: tf.Tensor) -> tf.Tensor:
     """Return row k of the seeds as a cotangent of `output`, (B, *output_shape).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,3 +62,34 @@ def shown(tensor: tf.Tensor) -> str:
     """Return a tensor's shape for people, the batch as B."""
     dims = ["B" if n == 0 else str(d) for n, d in enumerate(tensor.shape)]
     return f"({', '.join(dims)})"
+
+
+Dims = tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """A tensor's shape, (B·fold, *rest): `fold` positions are folded into the batch axis."""
+
+    fold: int
+    rest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, traced: Dims | None, two: Dims | None, three: Dims | None) -> Extent | None:
+        """Return it from the shape with the batch unknown, two, and three."""
+        if traced is None:
+            traced = None if two is None else (None,) * len(two)
+        if not traced or traced[0] is not None:
+            return None
+        two, three = two or traced, three or traced
+        rest = tuple(
+            known if known is not None else (a if a == b else None)
+            for known, a, b in zip(traced[1:], two[1:], three[1:], strict=True)
+        )
+        if None in rest:
+            return None
+        rest = known(rest)
+        if two[0] is None or three[0] is None:  # a loop's result, say: taken to be the batch alone,
+            return cls(1, rest)  # which the probe on the data confirms or not
+        fold = two[0] // 2
+        return cls(fold, rest) if (two[0], three[0]) == (2 * fold, 3 * fold) else None

@@ -17,11 +17,10 @@ from perjac.adjoints import quickened
 from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.flatten import CALLS, canonical, is_for_xla
 from perjac.loops import LOOPS, StandIn
-from perjac.shapes import known
+from perjac.shapes import Dims, Extent
 from perjac.sources import Activation, Weights
 
 Taps = dict[str, list[tf.Tensor]]
-Dims = tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +62,6 @@ class Callee:
         if len(names) != len(flat) or len(set(names)) != len(flat):
             names = [f"output_{n}" for n in range(len(flat))] if len(flat) > 1 else ["output"]
         return dict(zip(names, flat, strict=True))
-
-
-@dataclasses.dataclass(frozen=True)
-class Extent:
-    """A tensor's shape, (B·fold, *rest): `fold` positions are folded into the batch axis."""
-
-    fold: int
-    rest: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,16 +255,26 @@ class Program:
         A loop's step is many tiny operations, which it fuses: an LSTM's 50 steps take 4.4 ms where
         TensorFlow takes 7 to 10. Its convolutions are slower than TensorFlow's.
         """
+        return self.loops and not self.convolves
+
+    @functools.cached_property
+    def loops(self) -> bool:
+        """Whether it has a loop."""
+        return any(op.type in LOOPS for op in self.graph.get_operations())
+
+    @functools.cached_property
+    def convolves(self) -> bool:
+        """Whether it has a convolution."""
         kinds = {op.type for op in self.graph.get_operations()}
         inside = {n.op for f in self.graph_def.library.function for n in f.node_def}
-        return bool(kinds & LOOPS) and not any("Conv" in kind for kind in kinds | inside)
+        return any("Conv" in kind for kind in kinds | inside)
 
     @functools.cached_property
     def extents(self) -> dict[str, Extent]:
         """The extent of every tensor that has the batch in front, all other axes known."""
         two, three = self._sizes
         traced = {t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs}
-        found = {name: _extent(dims, two[name], three[name]) for name, dims in traced.items()}
+        found = {name: Extent.of(dims, two[name], three[name]) for name, dims in traced.items()}
         return {name: extent for name, extent in found.items() if extent is not None}
 
     @functools.cached_property
@@ -339,26 +340,6 @@ class Program:
 
 def _dims(tensor: Any) -> Dims | None:
     return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
-
-
-def _extent(traced: Dims | None, two: Dims | None, three: Dims | None) -> Extent | None:
-    """Return a tensor's extent from its shape with the batch unknown, two, and three."""
-    if traced is None:
-        traced = None if two is None else (None,) * len(two)
-    if not traced or traced[0] is not None:
-        return None
-    two, three = two or traced, three or traced
-    rest = tuple(
-        known if known is not None else (a if a == b else None)
-        for known, a, b in zip(traced[1:], two[1:], three[1:], strict=True)
-    )
-    if None in rest:
-        return None
-    rest = known(rest)
-    if two[0] is None or three[0] is None:  # a loop's result, say: taken to be the batch alone,
-        return Extent(1, rest)  # which the probe on the data confirms or not
-    fold = two[0] // 2
-    return Extent(fold, rest) if (two[0], three[0]) == (2 * fold, 3 * fold) else None
 
 
 def import_program(

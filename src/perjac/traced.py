@@ -3,66 +3,82 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from perjac import host, independence, memory, sites
+from perjac import device, host, memory
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
-from perjac.errors import (
-    InputError,
-    NotFiniteError,
-    PathError,
-    SlowPathWarning,
-    warn,
-    warn_disconnected,
-)
+from perjac.errors import NotFiniteError, SlowPathWarning, warn, warn_disconnected
+from perjac.examined import Examined
 from perjac.factors import Explicit, Factor
 from perjac.inputs import Batch
+from perjac.inspection import Plan, Spent
 from perjac.jobs import Asked, Jobs
 from perjac.layout import Relabelling
-from perjac.normalise import flatten
-from perjac.plan import Decision, Job, decide, rows_at_once, unrolls, zero
+from perjac.plan import Decision, Job, targets_of, zero
 from perjac.questions import THEMSELVES, Question, query
+from perjac.schedules import Schedule, alternatives, rows_at_once
 from perjac.seeds import Seeds
-from perjac.shapes import size
 from perjac.sources import Source
 from perjac.tape import Tape, finder
 from perjac.trace import Callee, Program
-
-# Operations whose result lies in the memory of their operand.
-_VIEWS = ("Reshape", "Identity", "Squeeze", "ExpandDims", "StopGradient")
-# Operations, at most, of a network whose rows are questioned in the program that sweeps. It saves a
-# call, a millisecond; of a large network all answers would be held beside all that is swept (KFAC
-# of ResNet50, 20 images at a time: 8.4 GiB against 5.4, and a tenth slower).
-_ONE_PROGRAM = 500
+from perjac.tuning import Trial, Tuned, signature, tune
 
 
 class _Failed(Exception):
     """Raised where the factored path fails; its cause tells how."""
 
 
-class Traced:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What a sweep is asked, and how it is run."""
+
+    head: str
+    decisions: Sequence[Decision]
+    tensors: dict[Source, str]
+    dtype: tf.DType
+    question: Question
+    schedule: Schedule
+    load_of: Callable[[Schedule], Load]
+    memory_limit: int | str | None
+    batch: int
+
+    @property
+    def swept(self) -> list[Source]:
+        """What goes the factored way."""
+        return [*(d.source for d in self.decisions), *self.tensors]
+
+    @functools.cached_property
+    def load(self) -> Load:
+        """What one example takes."""
+        return self.load_of(self.schedule)
+
+    @functools.cached_property
+    def room(self) -> int:
+        """Bytes that there are on the way."""
+        return self.load.room(self.batch, self.memory_limit)
+
+
+class Traced(Examined):
     """One shape of example. Nothing here is traced or compiled twice.
 
     Parameters
     ----------
-    callee : Callee
-        The model.
-    program : Program
-        Its trace.
-    structure : nested structure
-        The user's structure of inputs.
-    path : str
-        "auto", "factored" or "tape".
+    callee, program, structure, path : as in `Examined`
+        The model and its trace.
     jit : bool
         Whether XLA may compile.
     whole : bool
         Whether it compiles all from inputs to factors, and not only where it is faster on a CPU.
+    autotune : bool
+        Whether schedules are tried.
     """
 
     def __init__(
@@ -73,136 +89,22 @@ class Traced:
         path: str,
         jit: bool,
         whole: bool = False,
+        autotune: bool = False,
     ):
-        self._jit, self._whole = whole or (jit and program.suits_xla), whole
+        super().__init__(callee, program, structure, path)
+        self._xla, self._whole = whole or (jit and program.suits_xla), whole
+        self._may_xla, self._autotune = jit, autotune
         self._apart: set[Question] = set()  # questions that XLA does not compile
-        self.program, self._callee, self._structure, self._path = program, callee, structure, path
-        self._flow = sites.flow(program)
-        self._checked: set[str] = set()  # heads whose shapes show no meeting
-        self._probed: set[str] = set()  # tensors that the probe has watched
-        self._order = independence.Order()
-        self._made: dict[tuple, Any] = {}
-        self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
-        self._compact = True
-        self._jobs = Jobs(program, self._jit)
+        self._jobs = Jobs(program)
 
     @functools.cached_property
     def uncompacted(self) -> Traced:
         """The same trace, whose factors keep their two sides even where the rows are smaller."""
         other = copy.copy(self)
         other._compact, other._made = False, {}
-        other._jobs = Jobs(self.program, self._jit, compact=False)
+        other._jobs = Jobs(self.program, compact=False)
         other._probed = set(self._probed)  # each knows the order of what it has probed itself
         return other
-
-    @functools.cached_property
-    def plain(self) -> Program:
-        """The trace without calls, its loops closed: what can be run in any other graph."""
-        return flatten(self.program.origin or self.program)
-
-    def row_shape(self, head: str) -> tuple[int, ...]:
-        """Return an output's shape for one example.
-
-        Raises
-        ------
-        InputError
-            If it has no batch axis in front.
-        """
-        extent = self.program.extents.get(head)
-        if extent is None or extent.fold != 1:
-            shape = self.program.graph.get_tensor_by_name(head).shape
-            name = self.program.called(head)
-            raise InputError(
-                f"The output {name!r} has shape {shape}. Expected one row for each example, with "
-                "all other axes known."
-            )
-        return extent.rest
-
-    def check_shapes(self, head: str) -> None:
-        """Raise ExamplesMeetError where the trace shows that examples influence one another."""
-        if head not in self._checked:
-            independence.check_shapes(self.program, self._flow, head)
-            self._checked.add(head)
-
-    def check_data(self, head: str, sources: Sequence[Source], batch: Batch) -> None:
-        """Probe on the data, once, whether examples influence one another.
-
-        Raises
-        ------
-        ExamplesMeetError
-            If they do.
-        InputError
-            If a source's tensor does not keep the examples apart along its first axis.
-        """
-        asked = {head, *(s.tensor for s in sources if s.tensor)}
-        if batch.size < 2 or asked <= self._probed:
-            return
-        program = self.program
-        needed = sites.upstream(program, [head])
-        places = [program.stand_in(s.operation) for s in self._flow.sites]
-        watched = asked | {p.ordered for p in places if p.cotangent.partition(":")[0] in needed}
-        order = independence.probe(program, self._flow, head, sorted(watched), batch.tensors)
-        astray = [s.key for s in sources if s.tensor in order.inner | order.mixed]
-        if astray:
-            raise InputError(
-                f"The output of layer {astray[0]!r} does not keep the examples apart along its "
-                "first axis, so a derivative with respect to it cannot be given per example."
-            )
-        self._order |= order
-        self._probed |= watched
-
-    def decisions(self, head: str, weights: Sequence[Source], count: int) -> list[Decision]:
-        """Return how each weight goes, for K = count rows.
-
-        Raises
-        ------
-        PathError
-            For `path="factored"` where one needs the tape.
-        """
-        refused = self._why_tape(head)
-        made = self.once(
-            ("decisions", head, tuple(weights), count, refused, self._order),
-            lambda: decide(
-                self.program, self._flow, head, weights, count, refused, self._order, self._compact
-            ),
-        )
-        for decision in made:
-            if self._path == "factored" and decision.path == "tape":
-                raise PathError(
-                    f"path='factored', but weight {decision.source.key!r} needs the tape path: "
-                    f"{decision.reason}. Use path='auto'."
-                )
-        return made
-
-    def _why_tape(self, head: str) -> str:
-        """Return why everything goes to the tape, or nothing where it does not."""
-        if self._path == "tape":
-            return "path='tape' was asked for"
-        return self._refused.get(head, "")
-
-    def model(self, head: str) -> Callable[..., tf.Tensor]:
-        """Return the model itself, as a function of the flattened inputs to one output."""
-        find = finder(self.program, head)
-
-        def call(inputs: Sequence[tf.Tensor]) -> tf.Tensor:
-            return find(*self._callee(tf.nest.pack_sequence_as(self._structure, list(inputs))))
-
-        return call
-
-    def footprint(self, head: str) -> int:
-        """Return the bytes that all tensors on the way to an output take for one example."""
-        return self.once(("footprint", head), lambda: self._footprint(head))
-
-    def _footprint(self, head: str) -> int:
-        graph, extents = self.program.graph, self.program.extents
-        needed = sites.upstream(self.program, [head])
-        operations = [op for op in graph.get_operations() if op.name in needed]
-        tensors = [t for op in operations if op.type not in _VIEWS for t in op.outputs]
-        return sum(
-            extents[t.name].fold * size(extents[t.name].rest) * t.dtype.size
-            for t in tensors
-            if t.name in extents
-        )
 
     def outputs(self, head: str, batch: Batch, memory_limit: int | str | None = None) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
@@ -211,7 +113,8 @@ class Traced:
             return tf.zeros([0, *self.row_shape(head)], dtype)
         load = Load(1, True, self.footprint(head))
         room = load.room(batch.size, memory_limit)
-        job = self._job(head, [], {}, ("all", 1), Pace(batch.size, load, room), tf.float32)
+        asked = Asked(head, (), (), ("all", 1), tf.float32, THEMSELVES)
+        job = self._jobs.of(asked, self._order, Pace(batch.size, load, room, Schedule()))
         runs = load.runs(batch.size, room)
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
@@ -246,20 +149,14 @@ class Traced:
         if batch.size == 0 or chosen.count == 0:
             answers = question({s.key: nothing(s) for s in sources})
             return self.outputs(head, batch, memory_limit), answers
-        weights = [s for s in sources if s.kind == "weight"]
-        decisions = self.decisions(head, weights, chosen.count)
-        others = [s for s in sources if s.kind != "weight"]
-        load = self._load(head, decisions, others, chosen.count, question == THEMSELVES)
+        task, taped = self._task(head, sources, batch, chosen, memory_limit, question)
         memory.check(
-            batch.size * load.held, memory_limit,
+            batch.size * task.load.held, memory_limit,
             f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
             "Give fewer examples at a time, or choose outputs=.",
         )  # fmt: skip
-        room = load.room(batch.size, memory_limit)
-        factored = [d for d in decisions if d.path == "factored"]
-        taped = [d.source for d in decisions if d.path == "tape"]
-        if self._why_tape(head):
-            taped, others = list(sources), []
+        if self._autotune and task.swept:
+            task = self._tuned(task, batch, chosen)[0]
         outputs: list[tf.Tensor] = []
         lost: set[Source] = set()
 
@@ -268,9 +165,7 @@ class Traced:
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
             try:
-                output, answers, *fine = self._sweep(
-                    head, factored, others, part, seeds, dtype, question, load, room
-                )
+                output, answers, *fine = self._sweep(task, part, seeds)
             except (NotForXla, tf.errors.ResourceExhaustedError):
                 raise
             except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
@@ -291,7 +186,7 @@ class Traced:
             return answers
 
         try:
-            runs = load.runs(batch.size, room)
+            runs = task.load.runs(batch.size, task.room)
             answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
         except _Failed as failed:
             self._give_up(head, failed.__cause__)
@@ -302,27 +197,68 @@ class Traced:
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
         return joined(outputs), {s.key: answers[s.key] for s in sources}
 
-    def _load(
+    def _task(
         self,
         head: str,
-        decisions: Sequence[Decision],
-        others: Sequence[Source],
-        count: int,
-        kept: bool = True,
-    ) -> Load:
-        """Return what one example takes while it is swept."""
-        about = (*(d.source for d in decisions), *others)
-        return self.once(
-            ("load", head, about, count, kept, self._why_tape(head), self._order),
-            lambda: Load.of(
-                decisions,
-                others,
-                count,
-                unrolls(self.program, head, rows_at_once(self.program, count)),
-                self.footprint(head),
-                kept,
-                self._is_small(head),
+        sources: Sequence[Source],
+        batch: Batch,
+        chosen: Seeds,
+        memory_limit: int | str | None,
+        question: Question = THEMSELVES,
+    ) -> tuple[_Task, list[Source]]:
+        """Return what is swept, as usual, and the sources that go to the tape."""
+        weights = [s for s in sources if s.kind == "weight"]
+        decisions = self.decisions(head, weights, chosen.count)
+        others = [s for s in sources if s.kind != "weight"]
+        taped = [d.source for d in decisions if d.path == "tape"]
+        if self._why_tape(head):
+            taped, others = list(sources), []
+        task = _Task(
+            head,
+            [d for d in decisions if d.path == "factored"],
+            {s: s.tensor or self.program.inputs[s.index] for s in others},
+            held_in([s.dtype for s in sources]),
+            question,
+            self.usual(head, chosen.count, self._xla),
+            functools.partial(
+                self._load, head, decisions, others, chosen.count, question == THEMSELVES
             ),
+            memory_limit,
+            batch.size,
+        )
+        return task, taped
+
+    def plan(
+        self,
+        head: str,
+        sources: Sequence[Source],
+        batch: Batch,
+        chosen: Seeds,
+        memory_limit: int | str | None,
+        measure: bool,
+    ) -> Plan:
+        """Return how weights' rows would be swept; or, with `measure`, are."""
+        task, taped = self._task(head, sources, batch, chosen, memory_limit)
+        measured = None
+        if measure:
+            run = functools.partial(self.answers, head, sources, batch, chosen, memory_limit)
+            measured = Spent(statistics.median(device.repeated(run, 3, 0.2)), device.peak(run))
+        if self._autotune and task.swept:
+            task, trial = self._tuned(task, batch, chosen)
+            measured = measured or Spent(trial.seconds, trial.peak)
+        load, schedule = task.load, task.schedule
+        longest = load.runs(batch.size, task.room)[0].stop
+        seconds = schedule.seconds(
+            self.program, head, self._targets(task), chosen.count, batch.size
+        )
+        dense = batch.size * chosen.count * sum(s.size * s.dtype.size for s in sources)
+        return Plan(
+            str(schedule) if task.swept else "the tape path",
+            longest,
+            load.together(longest, task.room),
+            Spent(None if taped else seconds, load.passing(longest, task.room)),
+            measured,
+            Spent(dense / device.rates(task.dtype, self._may_xla).fill, dense),
         )
 
     def body(
@@ -332,15 +268,9 @@ class Traced:
 
         It is to be part of another graph, and of factored weights alone.
         """
-        dtype = held_in([s.dtype for s in sources])
-        weights = [s for s in sources if s.kind == "weight"]
-        decisions = self.decisions(head, weights, chosen.count)
-        tensors = {
-            s: s.tensor or self.program.inputs[s.index] for s in sources if s.kind != "weight"
-        }
-        pace = Pace(batch.size, self._load(head, decisions, tuple(tensors), chosen.count), MOST)
-        job = self._job(head, decisions, tensors, chosen.signature, pace, dtype)
-        nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
+        task, _ = self._task(head, sources, batch, chosen, None)
+        job = self._job(task, chosen.signature, batch.size, MOST)
+        nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
 
         def run(inputs: list[tf.Tensor], payload: tf.Tensor) -> tuple[tf.Tensor, dict[str, Factor]]:
             output, factors, *_ = job.body(inputs, payload)
@@ -358,60 +288,70 @@ class Traced:
             SlowPathWarning,
         )
 
-    def _sweep(
-        self,
-        head: str,
-        decisions: Sequence[Decision],
-        others: Sequence[Source],
-        batch: Batch,
-        chosen: Seeds,
-        dtype: tf.DType,
-        question: Question,
-        load: Load,
-        room: int,
-    ) -> tuple:
+    def _sweep(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
-        tensors = {s: s.tensor or self.program.inputs[s.index] for s in others}
         blocks = list(chosen.blocks(rows_at_once(self.program, chosen.count)))
-        together = len(blocks) == 1 and question not in self._apart and self._is_small(head)
-        asked = question if together else THEMSELVES
+        question = task.question
+        together = len(blocks) == 1 and question not in self._apart and self._is_small(task.head)
+        asked = task if together else dataclasses.replace(task, question=THEMSELVES)
         answers = []
         for block in blocks:
-            pace = Pace(batch.size, load, room)
-            job = self._job(head, decisions, tensors, block.signature, pace, dtype, asked)
+            job = self._job(asked, block.signature, batch.size)
             try:
                 answers.append(self._jobs.run(job, batch, block))
             except tf.errors.OpError as failure:
-                if not self._jit:
+                if not job.jit:
                     raise
-                if asked == THEMSELVES:
+                if asked.question == THEMSELVES:
                     raise NotForXla(why_not(failure)) from failure
                 self._apart.add(question)  # the factors may compile without it
-                return self._sweep(
-                    head, decisions, others, batch, chosen, dtype, question, load, room
-                )
+                return self._sweep(task, batch, chosen)
         result, found, *fine = answers[0]
         if len(blocks) > 1:
             found = join_rows([factors for _, factors, *_ in answers])
         return result, found if together else query(question)(found), *fine
 
-    def _is_small(self, head: str) -> bool:
-        made = ("operations", head)
-        count = self.once(made, lambda: len(sites.upstream(self.program, [head])))
-        return count <= _ONE_PROGRAM
-
     def _job(
-        self,
-        head: str,
-        decisions: Sequence[Decision],
-        tensors: dict[Source, str],
-        signature: tuple[str, int],
-        pace: Pace,
-        dtype: tf.DType,
-        question: Question = THEMSELVES,
+        self, task: _Task, signature: tuple[str, int], batch: int, room: int | None = None
     ) -> Job:
-        asked = Asked(head, tuple(decisions), tuple(tensors.items()), signature, dtype, question)
+        pace = Pace(batch, task.load, room or task.room, task.schedule)
+        tensors = tuple(task.tensors.items())
+        asked = Asked(
+            task.head, tuple(task.decisions), tensors, signature, task.dtype, task.question
+        )
         return self._jobs.of(asked, self._order, pace)
+
+    def _tuned(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple[_Task, Trial]:
+        """Return a task on the schedule that is the fastest for such a batch, by trial."""
+        program, head, count = self.program, task.head, chosen.count
+        about = (
+            head, [s.key for s in task.swept], chosen.signature, batch.size, task.room,
+            task.dtype.name, task.question,
+        )  # fmt: skip
+
+        def run(schedule: Schedule) -> Callable[[], tuple]:
+            tried = dataclasses.replace(task, schedule=schedule)
+            where = tried.load.runs(batch.size, tried.room)[0]
+            part, seeds = batch.part(where), chosen.part(where)
+            return lambda: self._sweep(tried, part, seeds)
+
+        def tuned() -> Tuned:
+            there = alternatives(program, head, count, task.schedule)
+            there = [s for s in there if self._may_xla or not s.xla]
+            targets = self._targets(task)
+            expected = [s.seconds(program, head, targets, count, batch.size) for s in there]
+            return tune(
+                signature(program, *about),
+                list(zip(there, expected, strict=True)),
+                run,
+                (NotForXla, tf.errors.OpError),
+            )
+
+        best = self.once(("tuned", *map(str, about)), tuned).trials[0]
+        return dataclasses.replace(task, schedule=best.schedule), best
+
+    def _targets(self, task: _Task) -> tuple[str, ...]:
+        return targets_of(self.program, task.decisions, task.tensors.values())
 
     def _tape(self, head: str, sources: Sequence[Source], kind: str) -> Tape:
         program = self.program
@@ -429,12 +369,6 @@ class Traced:
                 jit=self._whole,
             ),
         )
-
-    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes, made once for this key: a question about the graph."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
 
     def _check_variables(self, fine: bool) -> None:
         """Name the variable that is not finite, where a sum over one was not."""

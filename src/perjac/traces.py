@@ -40,6 +40,8 @@ class Traces:
         "auto", "factored" or "tape".
     jit : {"auto", True, False}
         As `Engine` takes it.
+    autotune : bool
+        As `Engine` takes it.
 
     Attributes
     ----------
@@ -56,8 +58,10 @@ class Traces:
         training: bool,
         path: str,
         jit: bool | str,
+        autotune: bool = False,
     ):
         self._model, self._path, self._compiles = model, path, jit is not False
+        self._autotune = autotune
         devices = [d.device_type for d in tf.config.list_physical_devices()]
         self._whole = compiles_whole(jit, devices)
         self.weights = binding.weights_of(model, variables)
@@ -95,7 +99,15 @@ class Traces:
                 program = normalise(traced)
             names = batch.names[: batch.inputs]
             self._made[key] = (
-                Traced(callee, program, batch.structure, self._path, self._compiles, self._whole),
+                Traced(
+                    callee,
+                    program,
+                    batch.structure,
+                    self._path,
+                    self._compiles,
+                    self._whole,
+                    self._autotune,
+                ),
                 Names(program, self.weights, self._model, names),
             )
         traced, names = self._made[key]

@@ -25,6 +25,7 @@ class Trust:
     """
 
     traces: Traces
+    memory_limit: int | str | None
     _check: bool
     _objectives: Objectives
 
@@ -32,22 +33,33 @@ class Trust:
         """Differentiate each example's outputs."""
         raise NotImplementedError
 
-    def inspect(self, batch_size: int = 32, *, x: Any = None, of: Any = None) -> Inspection:
+    def inspect(
+        self, batch_size: int = 32, *, x: Any = None, of: Any = None, measure: bool = False
+    ) -> Inspection:
         """Return how each trainable weight goes: its sites, rules, path, why, and the cost.
 
         Parameters
         ----------
         batch_size : int
-            For the memory expected.
+            For the time and memory expected.
         x : array, optional
             An example batch, for a model that does not declare the shapes of its inputs.
         of : str, int or layer, optional
             As in `jacobian`.
+        measure : bool
+            Whether to run it, and tell the time and memory that it took; an engine with
+            `autotune=True` does anyway.
 
         Returns
         -------
         Inspection
-            A table: print it, or read its `rows`.
+            A table: print it, or read its `rows` and `plan`.
+
+        Notes
+        -----
+        The time expected is counted work over the machine's rates, which are measured the first
+        time (half a second) and remembered. It is wrong by up to a factor of three where one
+        kernel is much slower than its kind.
         """
         batch = self.traces.prepare(self.traces.example() if x is None else x)
         traced, names = self.traces.of(batch)
@@ -55,8 +67,12 @@ class Trust:
         if self._check:
             traced.check_shapes(head)
         count = size(traced.row_shape(head))
-        decisions = traced.decisions(head, names.sources("weights"), count)
-        return Inspection.of(decisions, batch_size, count)
+        sources = names.sources("weights")
+        batch = batch.repeated(batch_size)
+        dtype = traced.program.graph.get_tensor_by_name(head).dtype
+        chosen = seeds.make(None, None, batch.size, traced.row_shape(head), dtype)
+        plan = traced.plan(head, sources, batch, chosen, self.memory_limit, measure)
+        return Inspection.of(traced.decisions(head, sources, count), batch_size, count, plan)
 
     def verify(self, x: Any, *, of: Any = None, rtol: float | None = None) -> Verification:
         """Compare with a plain loop over examples and outputs, in float64.
