@@ -93,14 +93,18 @@ def unrolls(program: Program, head: str, count: int) -> bool:
 
 
 def rows_together(count: int, batch: int, room: float) -> int:
-    """Return how many rows a vectorised sweep takes at a time, a power of two or all.
+    """Return how many rows a vectorised sweep takes at a time: a power of two, or less, or all.
+
+    Chunks of one size are swept over the end, where rows are thrown away: ten rows go as two times
+    five, not eight.
 
     `room` is for how many examples' rows there is memory.
     """
     batch = max(batch, 1)
     least = max(1, min(_ROWS_AT_LEAST, room // batch))
     together = max(min(_ROWS_TOGETHER, room) // batch, least)
-    return max(2, min(count, 2 ** int(math.log2(together))))
+    most = max(2, min(count, 2 ** int(math.log2(together))))
+    return max(2, math.ceil(count / math.ceil(count / most)))
 
 
 def alternatives(program: Program, head: str, count: int, usual: Schedule) -> list[Schedule]:

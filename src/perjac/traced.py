@@ -329,17 +329,20 @@ class Traced(Examined):
             task.dtype.name, task.question,
         )  # fmt: skip
 
+        def runs(task: _Task) -> list[slice]:
+            return task.load.runs(batch.size, task.room)
+
         def run(schedule: Schedule) -> Callable[[], tuple]:
             tried = dataclasses.replace(task, schedule=schedule)
-            where = tried.load.runs(batch.size, tried.room)[0]
+            where = runs(tried)[0]
             part, seeds = batch.part(where), chosen.part(where)
             return lambda: self._sweep(tried, part, seeds)
 
         def tuned() -> Tuned:
             there = alternatives(program, head, count, task.schedule)
             there = [s for s in there if self._may_xla or not s.xla]
-            targets = self._targets(task)
-            expected = [s.seconds(program, head, targets, count, batch.size) for s in there]
+            targets, longest = self._targets(task), runs(task)[0].stop
+            expected = [s.seconds(program, head, targets, count, longest) for s in there]
             return tune(
                 signature(program, *about),
                 list(zip(there, expected, strict=True)),
