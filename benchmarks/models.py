@@ -35,6 +35,8 @@ class Model:
         Those asked of it; all if empty.
     tokens : int
         How many kinds of token an input of integers has.
+    tolerance : float
+        How far libraries' answers may be apart, where that is further than a job's own.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class Model:
     examples: int = 128
     jobs: tuple[str, ...] = ()
     tokens: int = 0
+    tolerance: float = 0.0
 
     def keras(self) -> Any:
         """Build it in Keras."""
@@ -134,7 +137,16 @@ MODELS = {
     "transformer": Model(
         (128,), build=_transformer, examples=16, jobs=("weights", *_GRADIENTS), tokens=1000
     ),
-    "resnet50": Model((64, 64, 3), build=_resnet50, examples=8, jobs=("inputs", *_GRADIENTS)),
+    # Of millions of rectifiers, some have an argument of rounding, and are on in one library and off
+    # in another: of eight examples seven are 1e-6 off the answer in float64, in JAX and here alike,
+    # and one 4e-3.
+    "resnet50": Model(
+        (64, 64, 3),
+        build=_resnet50,
+        examples=8,
+        jobs=("inputs", *_GRADIENTS),
+        tolerance=2e-2,
+    ),
     "lstm": Model((50, 32), build=_lstm, examples=32, jobs=("inputs", *_GRADIENTS)),
     # For the harness's own tests.
     "tiny": Model((6,), (("dense", 5), ("tanh",), ("dense", 3)), examples=4),

@@ -15,6 +15,7 @@ processor.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -83,6 +84,7 @@ def _model(name: str, crew: Crew, options: argparse.Namespace) -> Iterator[dict]
         else:
             examples = min(options.batch or about.examples or model.examples, crew.examples)
         print(f"{about.title}, {name}, {examples} examples …", flush=True)
+        about = dataclasses.replace(about, tolerance=max(about.tolerance, model.tolerance))
         cell = Cell(job, about, examples, crew.folder, options.clock, expected)
         crew.work_on(cell)
         cell.time(crew.processes, options.repeats)

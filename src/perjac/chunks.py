@@ -16,9 +16,9 @@ from perjac.schedules import Schedule, rows_together
 from perjac.sources import Source
 from perjac.trace import Program
 
-# Bytes made on the way at a time, however much memory there is: larger chunks are no faster, but
-# that kernels want a few examples at a time, whatever these take, to keep all cores at work (eight
-# pictures of ResNet50 take 0.35 s together and 0.70 one by one). They take three quarters of what is free, at most.
+# Bytes made on the way at a time, however much memory there is: larger chunks are no faster. But
+# kernels want a few examples at a time to keep all cores at work (eight pictures of ResNet50 take
+# 0.35 s together and 0.70 one by one), whatever these take, up to so much of what is free.
 MOST = 2**30
 _FEW, _SHARE = 16, 0.75
 # Copies of all rows' cotangents that there are at a time: row by row, and side by side; where rows

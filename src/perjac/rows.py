@@ -19,10 +19,13 @@ from perjac.errors import InputError, UnknownNameError, check_counts, check_one_
 from perjac.explanation import Explanation
 from perjac.factors import Explicit, Factor
 from perjac.questions import Factors, Squares, query
+from perjac.shapes import size
 from perjac.sources import ByKey, Source, Weights, is_variable, match
 
 # Bytes of rows that are formed by one call: three of a small network take a fifth longer.
 _AT_ONCE = 2**28
+# Numbers, at most, of rows that are there already and are copied for the sake of fewer calls.
+_COPIED = 2**18
 _QUERIES = (
     "norms", "gram", "cosine_similarity", "jvp", "vjp", "diagonal", "project", "mean", "variance",
     "snr", "clipped_sum",
@@ -285,16 +288,20 @@ class Rows(Mapping):
 
     def _formed(self, sources: Sequence[Source]) -> dict[str, tf.Tensor]:
         """Form the rows of some sources, by key: of one kind all in one call."""
-        found: dict[str, tf.Tensor] = {}
-        kinds: dict[bool, dict[str, Factor]] = {}
+        there, kinds = {}, {}
         for source in sources:
             factor = self._factors[source.key]
             if isinstance(factor, Explicit):
-                found[source.key] = factor.dense()
+                there[source.key] = factor
             else:
                 kinds.setdefault(self._jit and factor.rank_one, {})[source.key] = factor
+        if kinds:  # biases come along in a call that is made anyway
+            small = {k: f for k, f in there.items() if size(f.jacobian.shape) <= _COPIED}
+            kinds[max(kinds)] |= small
+            there = {k: f for k, f in there.items() if k not in small}
+        found = {key: factor.dense() for key, factor in there.items()}
         for jit, factors in kinds.items():
-            found |= query(_dense, jit)(factors)
+            found |= query(_dense, jit, row_shape=self._row_shape)(factors)
         return {s.key: self._laid_out(found[s.key], s) for s in sources}
 
     def _laid_out(self, rows: tf.Tensor, source: Source) -> tf.Tensor:
@@ -398,8 +405,13 @@ def weighted_sum(factors: Factors, u: tf.Tensor, per_example: bool = False) -> d
     return {key: factor.vjp(u, per_example) for key, factor in factors.items()}
 
 
-def _dense(factors: Factors) -> dict[str, tf.Tensor]:
-    return {key: factor.dense() for key, factor in factors.items()}
+def _dense(factors: Factors, row_shape: tuple[int, ...]) -> dict[str, tf.Tensor]:
+    # In the shape that is shown: a reshape outside would be a call of its own for each weight.
+    formed = {key: factor.dense() for key, factor in factors.items()}
+    return {
+        key: tf.reshape(rows, [-1, *row_shape, *factors[key].layout.shape])
+        for key, rows in formed.items()
+    }
 
 
 def _gram(factors: Factors, others: Factors | None = None) -> tf.Tensor:

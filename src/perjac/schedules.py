@@ -24,9 +24,10 @@ _UNROLLED_OPERATIONS = 2500
 _UNROLLED_ROWS = 16
 # Rows · examples that a vectorised sweep takes at a time, and the rows that it takes at least.
 _ROWS_TOGETHER, _ROWS_AT_LEAST = 256, 8
-# Unrolled rows add a backward pass each to the graph, all of which takes time to trace: more
-# operations than these are not tried.
-_MOST_OPERATIONS = 20_000
+# Unrolled rows add a backward pass each to the graph, all of which takes time to trace, and more to
+# compile (ten rows of a four-block transformer take XLA 20 s): with more operations than these, for
+# TensorFlow and for XLA, a schedule is not tried.
+_MOST_OPERATIONS, _MOST_COMPILED = 20_000, 2_000
 # XLA reads and writes once what TensorFlow's steps read and write one after another.
 _FUSED = 0.5
 
@@ -114,12 +115,16 @@ def alternatives(program: Program, head: str, count: int, usual: Schedule) -> li
     under the same names, and convolutions on a CPU: XLA's take 2 to 10 times as long as
     TensorFlow's, and up to 20 s to compile.
     """
-    ways = {not usual.unrolls(program, head, count)}
-    if count > 1 and not program.stubborn:
-        few = count * len(program.graph.get_operations()) <= _MOST_OPERATIONS
-        ways |= {True, False} if few else {True}
+    usual = dataclasses.replace(usual, vectorised=not usual.unrolls(program, head, count))
+    several = count > 1 and not program.stubborn
+    ways = {True, False} if several else {usual.vectorised}
     stays = program.loops or (program.convolves and not tf.config.list_physical_devices("GPU"))
     compiled = {usual.xla} if stays else {True, False}
-    usual = dataclasses.replace(usual, vectorised=not usual.unrolls(program, head, count))
-    found = [Schedule(way, xla) for way in sorted(ways) for xla in sorted(compiled)]
+    steps = len(program.graph.get_operations())
+    found = [
+        Schedule(vectorised, xla)
+        for vectorised in sorted(ways)
+        for xla in sorted(compiled)
+        if steps * (1 if vectorised else count) <= (_MOST_COMPILED if xla else _MOST_OPERATIONS)
+    ]
     return [usual, *(schedule for schedule in found if schedule != usual)]
