@@ -137,9 +137,9 @@ MODELS = {
     "transformer": Model(
         (128,), build=_transformer, examples=16, jobs=("weights", *_GRADIENTS), tokens=1000
     ),
-    # Of millions of rectifiers, some have an argument of rounding, and are on in one library and off
-    # in another: of eight examples seven are 1e-6 off the answer in float64, in JAX and here alike,
-    # and one 4e-3.
+    # Of millions of rectifiers, some have an argument of rounding, and are on in one library and
+    # off in another: of eight examples seven are 1e-6 off the answer in float64, in JAX and here
+    # alike, and one 4e-3.
     "resnet50": Model(
         (64, 64, 3),
         build=_resnet50,
