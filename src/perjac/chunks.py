@@ -100,7 +100,9 @@ class Load:
         if setting is None and self.passing(batch, MOST) <= memory.SMALL:
             return MOST
         allowed = max((memory.limit(setting) or math.inf) - batch * self.held, 1)
-        few = min(self.passing(min(batch, _FEW), MOST), _SHARE * allowed)
+        # What is free is never the same twice. Runs should be, as XLA compiles them for their size.
+        share = 2.0 ** math.floor(math.log2(_SHARE * allowed)) if allowed < math.inf else allowed
+        few = min(self.passing(min(batch, _FEW), MOST), share)
         return int(min(allowed, max(MOST, few)))
 
     def runs(self, batch: int, room: int) -> list[slice]:

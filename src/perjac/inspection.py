@@ -100,9 +100,10 @@ class Plan:
 
     def __str__(self) -> str:
         measured = f"; measured {self.measured}" if self.measured else ""
+        each = f" and {self.rows} rows of each" if self.rows > 1 else ""
         return (
-            f"Sweep: {self.schedule}, {self.examples} examples at a time, {self.rows} rows of each;"
-            f" expected {self.expected}{measured}. Forming all rows: expected {self.forming}."
+            f"Sweep: {self.schedule}; examples at a time: {self.examples}{each}; expected "
+            f"{self.expected}{measured}. Forming all rows: expected {self.forming}."
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -34,6 +35,19 @@ from perjac.tuning import Trial, Tuned, signature, tune
 
 class _Failed(Exception):
     """Raised where the factored path fails; its cause tells how."""
+
+
+@contextlib.contextmanager
+def _failing(last: bool) -> Iterator[None]:
+    """Have what fails in the block raise _Failed, unless there is no other way to go."""
+    try:
+        yield
+    except (NotForXla, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
+        if last:
+            raise
+        raise _Failed from failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +169,7 @@ class Traced(Examined):
             f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
             "Give fewer examples at a time, or choose outputs=.",
         )  # fmt: skip
-        if self._autotune and task.swept:
-            task = self._tuned(task, batch, chosen)[0]
+        last = self._path == "factored" or taped == list(sources)
         outputs: list[tf.Tensor] = []
         lost: set[Source] = set()
 
@@ -164,14 +177,8 @@ class Traced(Examined):
             whole = where == slice(0, batch.size)
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
-            try:
+            with _failing(last):
                 output, answers, *fine = self._sweep(task, part, seeds)
-            except (NotForXla, tf.errors.ResourceExhaustedError):
-                raise
-            except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
-                if self._path == "factored" or taped == list(sources):
-                    raise
-                raise _Failed from failure
             batch.check_finite(fine[0].numpy())
             self._check_variables(bool(fine[1].numpy().all()))
             outputs.append(output)
@@ -186,6 +193,9 @@ class Traced(Examined):
             return answers
 
         try:
+            if self._autotune and task.swept:
+                with _failing(last):
+                    task = self._tuned(task, batch, chosen)[0]
             runs = task.load.runs(batch.size, task.room)
             answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
         except _Failed as failed:
@@ -324,24 +334,22 @@ class Traced(Examined):
     def _tuned(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple[_Task, Trial]:
         """Return a task on the schedule that is the fastest for such a batch, by trial."""
         program, head, count = self.program, task.head, chosen.count
+        longest = task.load.runs(batch.size, task.room)[0].stop
         about = (
-            head, [s.key for s in task.swept], chosen.signature, batch.size, task.room,
+            head, [s.key for s in task.swept], chosen.signature, batch.size, longest,
             task.dtype.name, task.question,
         )  # fmt: skip
 
-        def runs(task: _Task) -> list[slice]:
-            return task.load.runs(batch.size, task.room)
-
         def run(schedule: Schedule) -> Callable[[], tuple]:
             tried = dataclasses.replace(task, schedule=schedule)
-            where = runs(tried)[0]
+            where = tried.load.runs(batch.size, tried.room)[0]
             part, seeds = batch.part(where), chosen.part(where)
             return lambda: self._sweep(tried, part, seeds)
 
         def tuned() -> Tuned:
             there = alternatives(program, head, count, task.schedule)
             there = [s for s in there if self._may_xla or not s.xla]
-            targets, longest = self._targets(task), runs(task)[0].stop
+            targets = self._targets(task)
             expected = [s.seconds(program, head, targets, count, longest) for s in there]
             return tune(
                 signature(program, *about),
