@@ -1,6 +1,7 @@
 """Batches swept in runs of examples: the same results, in bounded memory, whatever the runs."""
 
 import contextlib
+import math
 import os
 import pathlib
 import subprocess
@@ -270,6 +271,16 @@ def test_without_a_limit_chunks_are_bounded_too(monkeypatch):
     assert load.room(2**9, None) == int(0.8 * 2**30) - 2**29
     monkeypatch.setattr(memory, "available", lambda: None)
     assert load.room(2**14, None) == chunks.MOST
+
+
+@pytest.mark.parametrize(("free", "together"), [(2**50, 16), (2**35, 15), (2**33, 3), (2**31, 1)])
+def test_a_few_large_examples_are_swept_together_where_there_is_memory(monkeypatch, free, together):
+    load = Load(1, True, 2**29)  # 1.25 GiB an example
+    for spare in (0, 2**20):  # what is free is never the same twice
+        monkeypatch.setattr(memory, "available", lambda spare=spare: free + spare)
+        room = load.room(16, None)
+        assert load.runs(16, room)[0].stop == math.ceil(16 / math.ceil(16 / together))
+        assert load.passing(together, room) <= 0.8 * (free + spare)
 
 
 ASKED = {

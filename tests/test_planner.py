@@ -21,7 +21,8 @@ from perjac import cache, costs, device, padding, progress, tuning
 from perjac.compiling import NotForXla
 from perjac.costs import Cost
 from perjac.device import Rates
-from perjac.errors import CacheWarning
+from perjac.errors import CacheWarning, SlowPathWarning
+from perjac.jobs import Jobs
 from perjac.padding import Sizes
 from perjac.schedules import Schedule, alternatives
 
@@ -314,6 +315,25 @@ def test_engines_tune_once_for_each_question_and_size(remembered):
     for key, rows in plain.items():
         for jac in (first, again, other):
             np.testing.assert_allclose(jac[key], rows, rtol=1e-5, atol=1e-7)
+
+
+def test_trials_of_what_fails_end_on_the_tape(remembered, monkeypatch):
+    run = Jobs.run
+
+    def fails(jobs, job, *data):
+        if job._wanted:
+            raise ZeroDivisionError("odd graph")
+        return run(jobs, job, *data)
+
+    model, x = dense(6, 3), numbers(4, 4)
+    expected = pj.Engine(model).jacobian(x)
+    monkeypatch.setattr(Jobs, "run", fails)
+    with pytest.warns(SlowPathWarning, match="odd graph"):
+        found = pj.Engine(model, autotune=True).jacobian(x)
+    for key, rows in expected.items():
+        np.testing.assert_allclose(found[key], rows, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ZeroDivisionError):
+        pj.Engine(model, autotune=True, path="factored").jacobian(x)
 
 
 def test_nothing_is_compiled_by_xla_where_that_was_refused(remembered):

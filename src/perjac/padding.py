@@ -8,7 +8,6 @@ run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -67,5 +66,4 @@ def first(answers: Any, count: int, of: int) -> Any:
     count, of : int
         Examples that are kept, and that there are.
     """
-    cut: Callable[[tf.Tensor], tf.Tensor] = lambda t: t[: t.shape[0] // of * count]  # noqa: E731
-    return tf.nest.map_structure(cut, answers)
+    return tf.nest.map_structure(lambda t: t[: len(t) // of * count], answers)

@@ -115,9 +115,9 @@ def alternatives(program: Program, head: str, count: int, usual: Schedule) -> li
     under the same names, and convolutions on a CPU: XLA's take 2 to 10 times as long as
     TensorFlow's, and up to 20 s to compile.
     """
-    usual = dataclasses.replace(usual, vectorised=not usual.unrolls(program, head, count))
-    several = count > 1 and not program.stubborn
-    ways = {True, False} if several else {usual.vectorised}
+    together = not usual.unrolls(program, head, count)
+    usual = dataclasses.replace(usual, vectorised=together)
+    ways = {True, False} if count > 1 and not program.stubborn else {together}
     stays = program.loops or (program.convolves and not tf.config.list_physical_devices("GPU"))
     compiled = {usual.xla} if stays else {True, False}
     steps = len(program.graph.get_operations())
