@@ -203,12 +203,28 @@ def taken(monkeypatch, schedule: Schedule) -> None:
 
 def test_there_are_as_many_schedules_as_choices():
     program, head = program_of(dense(6, 3), numbers(2, 4))
-    usual = Schedule(None, False)
+    usual, compiled = Schedule(), Schedule(xla=True)
     found = alternatives(program, head, 3, usual)
-    assert found[0] == Schedule(False, False)
-    assert set(found) == set(SCHEDULES)
-    assert set(alternatives(program, head, 1, usual)) == {Schedule(False), Schedule(False, True)}
-    assert set(alternatives(program, head, 10**6, usual)) == {Schedule(True), Schedule(True, True)}
+    assert found[0] == usual
+    assert set(found) == {usual, compiled, Schedule(True), Schedule(True, True)}
+    assert set(alternatives(program, head, 1, usual)) == {usual, compiled}
+    many = alternatives(program, head, 1000, usual)  # usually together; one by one are too many
+    assert set(many) == {usual, compiled, Schedule(False)}
+    assert set(alternatives(program, head, 10**6, compiled)) == {usual, compiled}
+    assert alternatives(program, head, 10**6, compiled)[0] == compiled
+
+
+def test_the_usual_schedule_looks_at_each_stretch_of_the_way():
+    """A thousand outputs over a place of four: rows from there down are few, and unrolled."""
+    model = keras.Sequential(
+        [keras.Input((6, 6, 2)), layers.Conv2D(4, 3), layers.MaxPooling2D(4), layers.Flatten(),
+         layers.Dense(1000)]
+    )  # fmt: skip
+    engine, x = pj.Engine(model), numbers(3, 6, 6, 2)
+    engine.jacobian(x, wrt="inputs")
+    (job,) = engine.traces.of(engine.traces.prepare(x))[0]._jobs._by_route.values()
+    assert job._route.lower.chunk == 1
+    assert not Schedule().unrolls(job._program, job._head, 1000)
 
 
 def test_loops_and_convolutions_stay_as_they_are_under_xla():
@@ -337,8 +353,9 @@ def test_trials_of_what_fails_end_on_the_tape(remembered, monkeypatch):
 
 
 def test_nothing_is_compiled_by_xla_where_that_was_refused(remembered):
-    engine = pj.Engine(dense(6, 3), autotune=True, jit=False)
-    x = numbers(4, 4)
+    model, x = dense(6, 3), numbers(4, 4)
+    pj.Engine(model, autotune=True).jacobian(x)  # what this remembers is not for the next one
+    engine = pj.Engine(model, autotune=True, jit=False)
     engine.jacobian(x)
     traced = engine.traces.of(engine.traces.prepare(x))[0]
     (tuned,) = (made for key, made in traced._made.items() if key[0] == "tuned")

@@ -59,3 +59,13 @@ def test_a_terminal_shows_what_is_being_done():
         shown.say("Done")
     assert out.getvalue() == "\r\x1b[KTracing the model …\r\x1b[KDone\n"
     assert pipe.getvalue() == "Done\n"
+
+
+def test_what_a_block_is_part_of_is_told_again_at_its_end():
+    said = []
+    with progress.read(said.append), progress.doing("outer"):
+        with progress.doing("inner"):
+            pass
+        with progress.doing("other"):
+            pass
+    assert said == ["outer", "inner", "outer", "other", "outer", ""]

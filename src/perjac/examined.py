@@ -17,7 +17,7 @@ from perjac.errors import InputError, PathError
 from perjac.inputs import Batch
 from perjac.normalise import flatten
 from perjac.plan import Decision, decide
-from perjac.schedules import Schedule, rows_at_once, unrolls
+from perjac.schedules import Schedule, rows_at_once
 from perjac.sources import Source
 from perjac.tape import finder
 from perjac.trace import Callee, Program
@@ -150,14 +150,6 @@ class Examined:
     def footprint(self, head: str) -> int:
         """Return the bytes that all tensors on the way to an output take for one example."""
         return self.once(("footprint", head), lambda: costs.footprint(self.program, head))
-
-    def usual(self, head: str, count: int, xla: bool) -> Schedule:
-        """Return the schedule of K rows where nothing was tried."""
-        rows = rows_at_once(self.program, count)
-        return self.once(
-            ("usual", head, rows, xla),
-            lambda: Schedule(not unrolls(self.program, head, rows), xla),
-        )
 
     def _load(
         self,

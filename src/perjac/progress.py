@@ -18,6 +18,7 @@ _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
     "listener", default=None
 )
 _READER: contextvars.ContextVar[Reader | None] = contextvars.ContextVar("reader", default=None)
+_WORDS: contextvars.ContextVar[str] = contextvars.ContextVar("words", default="")
 _STOPPING: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar(
     "stopping", default=None
 )
@@ -108,13 +109,15 @@ def read(reader: Reader) -> Iterator[None]:
 
 @contextlib.contextmanager
 def doing(words: str) -> Iterator[None]:
-    """Tell whoever reads what is done inside the block; blocks do not lie in one another."""
+    """Tell whoever reads what is done inside the block, and at its end what it was part of."""
     reader = _READER.get()
     if reader is None:
         yield
         return
+    token = _WORDS.set(words)
     reader(words)
     try:
         yield
     finally:
-        reader("")
+        _WORDS.reset(token)
+        reader(_WORDS.get())

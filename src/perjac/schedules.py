@@ -39,7 +39,8 @@ class Schedule:
     Attributes
     ----------
     vectorised : bool or None
-        Whether rows are swept together, or one after another; None for what `unrolls` says.
+        Whether rows are swept together, or one after another; None for what `unrolls` says of each
+        stretch of the way, some of which may have fewer rows.
     xla : bool
         Whether XLA compiles all from inputs to factors, for each batch size.
     """
@@ -109,22 +110,22 @@ def rows_together(count: int, batch: int, room: float) -> int:
 
 
 def alternatives(program: Program, head: str, count: int, usual: Schedule) -> list[Schedule]:
-    """Return the schedules that there are for K rows, the usual one first.
+    """Return the schedules that there are for K rows, those of the usual one's rows first.
 
     Under XLA or without stay loops, as TensorFlow does not let two graphs define their functions
     under the same names, and convolutions on a CPU: XLA's take 2 to 10 times as long as
     TensorFlow's, and up to 20 s to compile.
     """
-    together = not usual.unrolls(program, head, count)
-    usual = dataclasses.replace(usual, vectorised=together)
-    ways = {True, False} if count > 1 and not program.stubborn else {together}
+    unrolled = usual.unrolls(program, head, count)
+    ways: list[tuple[bool | None, bool]] = [(None, unrolled)]
+    if count > 1 and not program.stubborn:
+        ways.append((unrolled, not unrolled))  # the other way: together, if usually one by one
     stays = program.loops or (program.convolves and not tf.config.list_physical_devices("GPU"))
-    compiled = {usual.xla} if stays else {True, False}
     steps = len(program.graph.get_operations())
     found = [
         Schedule(vectorised, xla)
-        for vectorised in sorted(ways)
-        for xla in sorted(compiled)
-        if steps * (1 if vectorised else count) <= (_MOST_COMPILED if xla else _MOST_OPERATIONS)
+        for vectorised, one_by_one in ways
+        for xla in ([usual.xla] if stays else [usual.xla, not usual.xla])
+        if steps * (count if one_by_one else 1) <= (_MOST_COMPILED if xla else _MOST_OPERATIONS)
     ]
     return [usual, *(schedule for schedule in found if schedule != usual)]

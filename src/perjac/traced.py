@@ -229,7 +229,7 @@ class Traced(Examined):
             {s: s.tensor or self.program.inputs[s.index] for s in others},
             held_in([s.dtype for s in sources]),
             question,
-            self.usual(head, chosen.count, self._xla),
+            Schedule(xla=self._xla),
             functools.partial(
                 self._load, head, decisions, others, chosen.count, question == THEMSELVES
             ),
@@ -262,8 +262,10 @@ class Traced(Examined):
             self.program, head, self._targets(task), chosen.count, batch.size
         )
         dense = batch.size * chosen.count * sum(s.size * s.dtype.size for s in sources)
+        unrolled = schedule.unrolls(self.program, head, chosen.count)
+        shown = dataclasses.replace(schedule, vectorised=not unrolled)
         return Plan(
-            str(schedule) if task.swept else "the tape path",
+            str(shown) if task.swept else "the tape path",
             longest,
             load.together(longest, task.room),
             Spent(None if taped else seconds, load.passing(longest, task.room)),
@@ -337,7 +339,7 @@ class Traced(Examined):
         longest = task.load.runs(batch.size, task.room)[0].stop
         about = (
             head, [s.key for s in task.swept], chosen.signature, batch.size, longest,
-            task.dtype.name, task.question,
+            task.dtype.name, task.question, task.schedule, self._may_xla, self._compact,
         )  # fmt: skip
 
         def run(schedule: Schedule) -> Callable[[], tuple]:
