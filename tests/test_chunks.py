@@ -273,7 +273,7 @@ def test_without_a_limit_chunks_are_bounded_too(monkeypatch):
     assert load.room(2**14, None) == chunks.MOST
 
 
-@pytest.mark.parametrize(("free", "together"), [(2**50, 16), (2**35, 15), (2**33, 3), (2**31, 1)])
+@pytest.mark.parametrize(("free", "together"), [(2**50, 16), (2**35, 8), (2**33, 3), (2**31, 1)])
 def test_a_few_large_examples_are_swept_together_where_there_is_memory(monkeypatch, free, together):
     load = Load(1, True, 2**29)  # 1.25 GiB an example
     for spare in (0, 2**20):  # what is free is never the same twice

@@ -22,8 +22,11 @@ from perjac.trace import Program
 MOST = 2**30
 _FEW, _SHARE = 16, 0.75
 # Copies of all rows' cotangents that there are at a time: row by row, and side by side; where rows
-# are swept together also in the order of rows, before that of examples.
-_UNROLLED, _VECTORISED = 2, 3
+# are swept together also in the order of rows, before that of examples. Of rows that are all swept
+# together, rules use up a site's cotangents before the next site has any.
+_UNROLLED, _VECTORISED, _AT_ONCE = 2, 3, 1
+# Tensors that a row swept together with others holds at a time: what lies behind is given back.
+_LIVE = 10
 # For what the allocator keeps, and what is not counted.
 _SPARE = 1.25
 
@@ -46,6 +49,8 @@ class Load:
         What is made of these.
     held : int
         What is left at the end.
+    live : int or None
+        What one row holds at a time where rows are swept together; None for all on the way.
     """
 
     count: int
@@ -54,6 +59,7 @@ class Load:
     swept: int = 0
     formed: int = 0
     held: int = 0
+    live: int | None = None
 
     @classmethod
     def of(
@@ -62,12 +68,13 @@ class Load:
         others: Sequence[Source],
         count: int,
         unrolled: bool,
-        forward: int,
+        sizes: Sequence[int],
         kept: bool,
         together: bool = True,
     ) -> Load:
         """Return the load of a plan: decisions about weights, other sources, K rows.
 
+        `sizes` are the bytes of each tensor on the way to the output, the largest first.
         `kept` tells whether factors are, or only what is asked of them, which is of no example;
         `together` whether it is asked while they are swept.
         """
@@ -75,23 +82,34 @@ class Load:
         swept = rows + sum(d.swept * d.source.dtype.size for d in decisions)
         formed = sum(d.formed * d.source.dtype.size for d in decisions)
         held = rows + sum((d.entries or 0) * d.source.dtype.size for d in decisions)
+        forward, live = sum(sizes), sum(sizes[:_LIVE])
         if kept:
-            return cls(count, unrolled, forward, swept, formed, held)
+            return cls(count, unrolled, forward, swept, formed, held, live)
         asked = together * sum(
             min(count * d.source.size, FORM_AT_ONCE) * d.source.dtype.size for d in decisions
         )
-        return cls(count, unrolled, forward, swept, formed + held + asked)
+        return cls(count, unrolled, forward, swept, formed + held + asked, live=live)
 
     def together(self, batch: int, room: int) -> int:
         """Return how many rows of a batch to sweep together, in so many bytes; 1 is to unroll."""
         if self.unrolled:
             return 1
-        return rows_together(self.count, batch, room / max(2 * self.forward, 1))
+        return self.rows(self.count, batch, room)
+
+    def rows(self, count: int, batch: int, room: int) -> int:
+        """Return how many of so many rows of a batch to sweep together, in so many bytes."""
+        return rows_together(count, batch, room / max(2 * self._each, 1))
+
+    @property
+    def _each(self) -> int:
+        """What one row holds at a time."""
+        return self.forward if self.unrolled or self.live is None else self.live
 
     def passing(self, batch: int, room: int) -> int:
         """Return the bytes that a batch takes on the way to its answer."""
-        copies = _UNROLLED if self.unrolled else _VECTORISED
-        sweeping = self.forward * (1 + self.together(batch, room))
+        together = self.together(batch, room)
+        copies = _UNROLLED if self.unrolled else _AT_ONCE if together >= self.count else _VECTORISED
+        sweeping = self.forward + self._each * together
         made = copies * self.swept + self.formed + self.held  # which is then joined to the others
         return int(_SPARE * batch * (sweeping + made))
 
@@ -101,7 +119,8 @@ class Load:
             return MOST
         allowed = max((memory.limit(setting) or math.inf) - batch * self.held, 1)
         # What is free is never the same twice. Runs should be, as XLA compiles them for their size.
-        share = 2.0 ** math.floor(math.log2(_SHARE * allowed)) if allowed < math.inf else allowed
+        share = _SHARE * allowed
+        share = 2.0 ** (math.floor(2 * math.log2(share)) / 2) if share < math.inf else share
         few = min(self.passing(min(batch, _FEW), MOST), share)
         return int(min(allowed, max(MOST, few)))
 
@@ -146,4 +165,4 @@ class Pace:
         """Return how many of so many rows to sweep together from a tensor down; 1 is to unroll."""
         if self.schedule.unrolls(program, top, count):
             return 1
-        return rows_together(count, self.batch, self.room / max(2 * self.load.forward, 1))
+        return self.load.rows(count, self.batch, self.room)

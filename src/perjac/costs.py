@@ -79,12 +79,12 @@ def entries_of(program: Program, tensor: str) -> int:
     return 0 if extent is None else extent.fold * size(extent.rest)
 
 
-def footprint(program: Program, head: str) -> int:
-    """Return the bytes that all tensors on the way to an output take for one example."""
+def sizes(program: Program, head: str) -> list[int]:
+    """Return the bytes of each tensor on the way to an output for one example, largest first."""
     needed = upstream(program, [head])
     operations = [op for op in program.graph.get_operations() if op.name in needed]
     tensors = [t for op in operations if op.type not in VIEWS for t in op.outputs]
-    return sum(entries_of(program, t.name) * t.dtype.size for t in tensors)
+    return sorted((entries_of(program, t.name) * t.dtype.size for t in tensors), reverse=True)
 
 
 def forward(program: Program, head: str) -> Cost:

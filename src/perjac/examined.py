@@ -149,7 +149,10 @@ class Examined:
 
     def footprint(self, head: str) -> int:
         """Return the bytes that all tensors on the way to an output take for one example."""
-        return self.once(("footprint", head), lambda: costs.footprint(self.program, head))
+        return sum(self._sizes(head))
+
+    def _sizes(self, head: str) -> list[int]:
+        return self.once(("sizes", head), lambda: costs.sizes(self.program, head))
 
     def _load(
         self,
@@ -170,7 +173,7 @@ class Examined:
                 others,
                 count,
                 schedule.unrolls(self.program, head, rows),
-                self.footprint(head),
+                self._sizes(head),
                 kept,
                 self._is_small(head),
             ),
