@@ -229,6 +229,11 @@ def test_verify_and_inspect(folder, capfd, ending):
     status, said, _ = run(capfd, "inspect", folder / f"model.{ending}")
     assert status == 0
     assert "Conv2D" in said
+    assert "; expected" in said
+    assert "; measured" not in said
+    status, said, _ = run(capfd, "inspect", folder / f"model.{ending}", "--measure")
+    assert status == 0
+    assert "; measured" in said
 
 
 def test_verify_makes_up_examples(folder, capfd):

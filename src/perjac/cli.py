@@ -152,13 +152,16 @@ def demo(
 def inspect(
     model: Model,
     batch_size: Batch = 32,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run it, and tell the time and memory it took.")
+    ] = False,
     signature: Signature = None,
     allow_code: Code = False,
     log: Log = None,
 ) -> None:
-    """Show each weight: where it meets the data, its rule, its path and why."""
+    """Show each weight: where it meets the data, its rule, its path and why; and the cost."""
     with _engine(model, signature, log, allow_code) as (screen, engine):
-        screen.say(str(engine.inspect(batch_size)))
+        screen.say(str(engine.inspect(batch_size, measure=measure)))
 
 
 @app.command()
