@@ -28,14 +28,15 @@ def ratios(file: pathlib.Path, standings: list[Standing], where: str) -> None:
                 ratio = standing.ratio(timed)
                 color = f"C{peers.index(timed.peer) % 10}"
                 axes.barh(place, ratio - 1, left=1, height=0.9, color=color)
-                axes.annotate(f" {timed.peer} {ratio:.2g} ", (ratio, place), va="center",
+                times = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+                axes.annotate(f" {timed.peer} {times} ", (ratio, place), va="center",
                               fontsize=7, ha="left" if ratio >= 1 else "right")  # fmt: skip
                 place += 1
             place += 1.2
         axes.set_xscale("log")
         axes.set_yticks(ticks, names, fontsize=8)
         axes.invert_yaxis()
-        axes.margins(x=0.2)
+        axes.margins(x=0.2, y=0.005)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xlabel("time, × perjac (right of the line: perjac is quicker)")
         axes.set_title(f"Each library's best way, {where}", fontsize=9)
@@ -44,7 +45,7 @@ def ratios(file: pathlib.Path, standings: list[Standing], where: str) -> None:
 def scaling(file: pathlib.Path, series: list[dict[str, Any]]) -> None:
     """Draw time and memory against size, a column for each thing that grows, with the fits."""
     axes_of = list(dict.fromkeys(each["axis"] for each in series))
-    with _drawn(file, (3.2 * len(axes_of), 6)) as figure:
+    with _drawn(file, (3.2 * len(axes_of), 7)) as figure:
         grid = figure.subplots(2, len(axes_of), squeeze=False)
         for column, axis in zip(grid.T, axes_of, strict=True):
             of_axis = [each for each in series if each["axis"] == axis]
@@ -60,7 +61,14 @@ def scaling(file: pathlib.Path, series: list[dict[str, Any]]) -> None:
                     axes.plot([], [], f"C{n}o-", ms=4, label=name)
             for axes, label in zip(column, ("time, ms", "memory above idle, MB"), strict=True):
                 axes.set(xscale="log", yscale="log", xlabel=of_axis[0]["what"], ylabel=label)
-                axes.legend(fontsize=6, title="exponent", title_fontsize=6)
+                axes.legend(
+                    fontsize=6,
+                    title="exponent",
+                    title_fontsize=6,
+                    loc="lower left",
+                    bbox_to_anchor=(0, 1),
+                    frameon=False,
+                )  # above: no point lies under it
                 axes.tick_params(labelsize=7)
 
 
