@@ -311,6 +311,7 @@ def test_trials_that_do_not_read_are_made_again(remembered, text):
     assert ran
 
 
+@pytest.mark.slow
 def test_engines_tune_once_for_each_question_and_size(remembered):
     model, x = dense(6, 3), numbers(4, 4)
     said = []
@@ -380,6 +381,7 @@ def test_inspect_foretells_and_measures():
     assert "; measured " in text
 
 
+@pytest.mark.slow
 def test_inspect_tells_of_the_tape_and_of_runs(remembered):
     model = dense(64, 10, shape=(32,))
     plan = pj.Engine(model, path="tape").inspect().plan
