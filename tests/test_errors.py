@@ -384,3 +384,9 @@ def test_numbers_that_depend_on_the_number_of_examples():
 
     with pytest.raises(pj.errors.ExamplesMeetError, match="outside of any layer, tensor 'truediv"):
         pj.Engine(averaged, variables=[w]).jacobian(np.ones((4, 4), "float32"))
+
+
+@pytest.mark.parametrize("option", ["path", "jit", "autotune", "independence"])
+def test_an_option_that_there_is_not_is_refused(option):
+    with pytest.raises(errors.InputError, match=f"{option}.*'nonsense'"):
+        pj.Engine(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), **{option: "nonsense"})

@@ -376,6 +376,7 @@ def test_inspect_foretells_and_measures():
     measured = engine.inspect(512, measure=True).plan.measured
     assert 0 < measured.seconds < 1
     assert 0 < measured.bytes < plan.expected.bytes
+    assert "too little" in str(pj.Engine(dense(3)).inspect(2, measure=True))
     text = str(engine.inspect(512, measure=True))
     assert "rows one after another" in text
     assert "; measured " in text

@@ -26,6 +26,7 @@ from perjac.trust import Trust
 _OPTIONS = {
     "path": ("auto", "factored", "tape"),
     "jit": ("auto", True, False),
+    "autotune": (True, False),
     "independence": ("check", "trust"),
 }
 
@@ -97,7 +98,7 @@ class Engine(Trust):
         autotune: bool = False,
         independence: str = "check",
     ):
-        given = {"path": path, "jit": jit, "independence": independence}
+        given = {"path": path, "jit": jit, "autotune": autotune, "independence": independence}
         for name, value in given.items():
             check_one_of(value, _OPTIONS[name], name)
         memory.limit(memory_limit)  # refuses what it cannot read

@@ -70,7 +70,8 @@ class Spent:
 
     def __str__(self) -> str:
         time = "unknown time" if self.seconds is None else f"{1e3 * self.seconds:,.3g} ms"
-        return f"{time}, {readable(self.bytes)}"
+        # What is below a quarter of a megabyte, TensorFlow's allocator does not count.
+        return f"{time}, {readable(self.bytes) if self.bytes else 'too little memory to count'}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -262,6 +262,7 @@ class Traced(Examined):
             self.program, head, self._targets(task), chosen.count, batch.size
         )
         dense = batch.size * chosen.count * sum(s.size * s.dtype.size for s in sources)
+        rates = device.rates(task.dtype, self._may_xla)
         unrolled = schedule.unrolls(self.program, head, chosen.count)
         shown = dataclasses.replace(schedule, vectorised=not unrolled)
         return Plan(
@@ -270,7 +271,7 @@ class Traced(Examined):
             load.together(longest, task.room),
             Spent(None if taped else seconds, load.passing(longest, task.room)),
             measured,
-            Spent(dense / device.rates(task.dtype, self._may_xla).fill, dense),
+            Spent(rates.call + dense / rates.fill, dense),
         )
 
     def body(
