@@ -1,6 +1,7 @@
 """Batches swept in runs of examples: the same results, in bounded memory, whatever the runs."""
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -20,7 +21,7 @@ from oracle import assert_agree, loss_rows, weight_rows
 from small_models import *  # noqa: F403  (enters its models)
 
 import perjac as pj
-from perjac import chunks, memory, questions
+from perjac import chunks, device, memory, questions, seeds
 from perjac.chunks import Load
 from perjac.combination import join_examples
 from perjac.errors import DisconnectedWarning, NotFiniteError, TooLargeError
@@ -275,12 +276,34 @@ def test_without_a_limit_chunks_are_bounded_too(monkeypatch):
 
 @pytest.mark.parametrize(("free", "together"), [(2**50, 16), (2**35, 8), (2**33, 3), (2**31, 1)])
 def test_a_few_large_examples_are_swept_together_where_there_is_memory(monkeypatch, free, together):
-    load = Load(1, True, 2**29)  # 1.25 GiB an example
+    load, rooms = Load(1, True, 2**29), set()  # 1.25 GiB an example
     for spare in (0, 2**20):  # what is free is never the same twice
         monkeypatch.setattr(memory, "available", lambda spare=spare: free + spare)
         room = load.room(16, None)
+        rooms.add(room)
         assert load.runs(16, room)[0].stop == math.ceil(16 / math.ceil(16 / together))
         assert load.passing(together, room) <= 0.8 * (free + spare)
+    assert len(rooms) == 1
+
+
+@pytest.mark.parametrize("name", ["lenet", "conv2d_dilated", "depthwise_same_strided"])
+@pytest.mark.parametrize("operations", [0, 10**9], ids=["together", "one by one"])
+@pytest.mark.parametrize("wrt", ["weights", "inputs"])
+def test_no_more_memory_is_taken_than_foretold(name, operations, wrt, monkeypatch):
+    monkeypatch.setattr("perjac.schedules._UNROLLED_OPERATIONS", operations)
+    examples = 64 if name == "lenet" else 4096
+    model = MODELS[name].build()
+    engine = pj.Engine(model)
+    x = np.random.default_rng(0).standard_normal((examples, *model.input_shape[1:]))
+    batch = engine.traces.prepare(x)
+    traced, names = engine.traces.of(batch)
+    head, sources = names.head(None), names.sources(wrt)
+    dtype = traced.program.graph.get_tensor_by_name(head).dtype
+    chosen = seeds.make(None, None, examples, traced.row_shape(head), dtype)
+    load = traced._task(head, sources, examples, chosen)[0].load
+    ask = functools.partial(traced.answers, head, sources, batch, chosen, None)
+    ask()
+    assert 2**18 < device.peak(ask) <= load.passing(examples, chunks.MOST)
 
 
 ASKED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 
 import keras
@@ -21,10 +22,10 @@ from perjac import cache, costs, device, padding, progress, tuning
 from perjac.compiling import NotForXla
 from perjac.costs import Cost
 from perjac.device import Rates
-from perjac.errors import CacheWarning, SlowPathWarning
+from perjac.errors import CacheWarning, InputError, SlowPathWarning
 from perjac.jobs import Jobs
 from perjac.padding import Sizes
-from perjac.schedules import Schedule, alternatives
+from perjac.schedules import Schedule, alternatives, rows_together
 
 RNG = np.random.default_rng(0)
 SCHEDULES = [Schedule(v, x) for v in (True, False) for x in (True, False)]
@@ -154,6 +155,13 @@ def test_a_cache_gives_back_what_it_was_given(remembered):
     assert len(list(remembered.rglob("*"))) == 2  # the folder of the kind, and one file
 
 
+def test_a_file_of_another_key_is_not_taken_for_this_one(remembered):
+    cache.remember("kind", {"a": 1}, {"x": 1})
+    (file,) = remembered.rglob("*.json")
+    file.write_text(file.read_text().replace('"a": 1', '"a": 2'))
+    assert cache.recall("kind", {"a": 1}) is None
+
+
 @pytest.mark.parametrize("setting", ["off", "OFF"])
 def test_a_cache_can_be_switched_off(monkeypatch, setting):
     monkeypatch.setenv(cache.SETTING, setting)
@@ -237,6 +245,19 @@ def test_loops_and_convolutions_stay_as_they_are_under_xla():
     assert {s.xla for s in alternatives(program, head, 3, Schedule())} == {False}
 
 
+@given(st.integers(1, 5000), st.integers(1, 600), st.floats(1, 1e7))
+def test_chunks_of_rows_are_even(count, batch, room):
+    together = rows_together(count, batch, room)
+    chunks = math.ceil(count / together)
+    assert 2 <= together <= max(2, count)
+    assert together == max(2, math.ceil(count / chunks))  # fewer would be more chunks
+
+
+def test_ten_rows_go_as_five_and_five():
+    assert rows_together(10, 64, 1e6) == 5
+    assert rows_together(10, 1, 1e6) == 10
+
+
 # Trials
 
 
@@ -267,22 +288,22 @@ A, B, C, D = SCHEDULES
 
 def test_the_fastest_schedule_is_taken_and_remembered(remembered):
     found, ran = trials(remembered, {A: 2.0, B: 1.0, C: 3.0})
-    assert found.best == B
+    assert found.best.schedule == B
     assert [t.seconds for t in found.trials] == [1.0, 2.0, 3.0]
     again, ran = trials(remembered, {A: 2.0, B: 1.0, C: 3.0})
     assert (again, ran) == (found, [])
     other, ran = trials(remembered, {A: 1.0, B: 2.0}, key="other")
-    assert other.best == A
+    assert other.best.schedule == A
     assert ran
 
 
 def test_the_usual_schedule_stays_where_others_are_hardly_faster(remembered):
-    assert trials(remembered, {A: 1.0, B: 0.97})[0].best == A
+    assert trials(remembered, {A: 1.0, B: 0.97})[0].best.schedule == A
 
 
 def test_a_schedule_that_fails_is_not_taken(remembered):
     found, _ = trials(remembered, {A: 2.0, B: NotForXla("no kernel"), C: 1.0})
-    assert found.best == C
+    assert found.best.schedule == C
     assert "no kernel" in found.trials[-1].note
     with pytest.raises(NotForXla):
         trials(remembered, {A: NotForXla("the usual one"), B: 1.0}, key="first")
@@ -307,7 +328,7 @@ def test_trials_that_do_not_read_are_made_again(remembered, text):
     (file,) = remembered.rglob("*.json")
     file.write_text(text)
     found, ran = trials(remembered, {A: 2.0, B: 1.0})
-    assert found.best == B
+    assert found.best.schedule == B
     assert ran
 
 
@@ -382,6 +403,14 @@ def test_inspect_foretells_and_measures():
     assert "; measured " in text
 
 
+def test_inspect_makes_no_batch_to_foretell():
+    engine = pj.Engine(dense(8, 3, shape=(1000,)))
+    engine.inspect(2)
+    assert device.peak(lambda: engine.inspect(10**7)) < 2**20
+    with pytest.raises(InputError, match="batch_size"):
+        engine.inspect(0)
+
+
 @pytest.mark.slow
 def test_inspect_tells_of_the_tape_and_of_runs(remembered):
     model = dense(64, 10, shape=(32,))
@@ -430,6 +459,14 @@ def test_short_batches_are_filled_up_and_cut_off(wrt, outputs):
     ((sizes),) = engine.traces.of(engine.traces.prepare(x))[0]._jobs._sizes.values()
     assert set(sizes.compiled) == {8}
     assert 3 in sizes.wasted
+
+
+def test_what_is_cut_off_is_wasted():
+    sizes = Sizes({8: 1.0})
+    sizes.ran(6, 8, 2.0)
+    assert sizes.wasted == {6: 0.5}
+    sizes.ran(8, 8, 2.0)
+    assert sizes.wasted == {6: 0.5}
 
 
 def test_a_size_that_comes_often_is_compiled_for():

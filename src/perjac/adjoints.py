@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.shapes import known
+from perjac.shapes import known, size
 
 # Above this many input channels oneDNN's convolutions are as fast backward as a product of
 # matrices: measured at 1 channel 3 to 6 times slower, at 4 channels 1.4 times, at 8 faster.
@@ -49,6 +49,16 @@ def quickened(graph: Any, graph_def: Any) -> Any:
         if node.name in chosen:
             node.attr["_gradient_op_type"].s = chosen[node.name]
     return copy
+
+
+def laid_out(op: Any) -> int:
+    """Return the numbers that a step of ours lays out for each position of a result, if any does.
+
+    Every entry of the kernel times every position, as made and as moved.
+    """
+    if op.type not in _STEPS or not _STEPS[op.type][1](op):
+        return 0
+    return 2 * size(op.inputs[1].shape[:-1])
 
 
 def _is_thin(op: Any) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from perjac.adjoints import laid_out
 from perjac.folded import between
 from perjac.shapes import size
 from perjac.sites import upstream
@@ -80,11 +81,20 @@ def entries_of(program: Program, tensor: str) -> int:
 
 
 def sizes(program: Program, head: str) -> list[int]:
-    """Return the bytes of each tensor on the way to an output for one example, largest first."""
+    """Return the bytes of each tensor on the way to an output for one example, largest first.
+
+    With what backward steps of ours lay out.
+    """
     needed = upstream(program, [head])
     operations = [op for op in program.graph.get_operations() if op.name in needed]
     tensors = [t for op in operations if op.type not in VIEWS for t in op.outputs]
-    return sorted((entries_of(program, t.name) * t.dtype.size for t in tensors), reverse=True)
+    found = [entries_of(program, t.name) * t.dtype.size for t in tensors]
+    for op in operations:
+        if each := laid_out(op):
+            y = op.outputs[0]
+            positions = entries_of(program, y.name) // (y.shape[-1] or 1)
+            found.append(positions * each * y.dtype.size)
+    return sorted(found, reverse=True)
 
 
 def forward(program: Program, head: str) -> Cost:

@@ -57,8 +57,9 @@ class Engine(Trust):
     autotune : bool
         Whether to try, the first time that something is asked at a batch size, the ways to run it
         (rows together or one after another, with XLA or without) and take the fastest. That takes
-        seconds; what was found is remembered in the user's cache folder, or in the one that the
-        environment's `PERJAC_CACHE` names; "off" there remembers nothing.
+        seconds, or tens of them for a large network; what was found is remembered in the user's
+        cache folder, or in the one that the environment's `PERJAC_CACHE` names; "off" there
+        remembers nothing.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
 

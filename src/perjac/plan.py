@@ -248,6 +248,11 @@ class Job:
         Whether factors become rows where those are smaller; their two sides are lost with it.
     question : Question
         What is asked of the factors, and given in their place.
+
+    Attributes
+    ----------
+    of_examples : bool
+        Whether every answer has the examples in front, so that some of them can be cut off.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class Seeds:
 
     def repeated(self, count: int) -> Seeds:
         """Return the seeds of so many examples: these, from the first again after the last."""
-        if self.kind not in ("each", "cotangents"):
+        if self.kind not in ("each", "cotangents") or count == self.payload.shape[0]:
             return self
         which = tf.range(count) % tf.shape(self.payload)[0]
         return dataclasses.replace(self, payload=tf.gather(self.payload, which))

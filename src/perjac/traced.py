@@ -163,7 +163,7 @@ class Traced(Examined):
         if batch.size == 0 or chosen.count == 0:
             answers = question({s.key: nothing(s) for s in sources})
             return self.outputs(head, batch, memory_limit), answers
-        task, taped = self._task(head, sources, batch, chosen, memory_limit, question)
+        task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
         memory.check(
             batch.size * task.load.held, memory_limit,
             f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
@@ -211,12 +211,12 @@ class Traced(Examined):
         self,
         head: str,
         sources: Sequence[Source],
-        batch: Batch,
+        examples: int,
         chosen: Seeds,
-        memory_limit: int | str | None,
+        memory_limit: int | str | None = None,
         question: Question = THEMSELVES,
     ) -> tuple[_Task, list[Source]]:
-        """Return what is swept, as usual, and the sources that go to the tape."""
+        """Return what is swept of so many examples, as usual, and the sources of the tape."""
         weights = [s for s in sources if s.kind == "weight"]
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
@@ -234,7 +234,7 @@ class Traced(Examined):
                 self._load, head, decisions, others, chosen.count, question == THEMSELVES
             ),
             memory_limit,
-            batch.size,
+            examples,
         )
         return task, taped
 
@@ -243,25 +243,30 @@ class Traced(Examined):
         head: str,
         sources: Sequence[Source],
         batch: Batch,
+        examples: int,
         chosen: Seeds,
         memory_limit: int | str | None,
         measure: bool,
     ) -> Plan:
-        """Return how weights' rows would be swept; or, with `measure`, are."""
-        task, taped = self._task(head, sources, batch, chosen, memory_limit)
+        """Return how weights' rows of so many examples would be swept; or, with `measure`, are.
+
+        `batch` may be of fewer, which are repeated if anything is run.
+        """
+        task, taped = self._task(head, sources, examples, chosen, memory_limit)
         measured = None
+        tunes = self._autotune and task.swept
+        if measure or tunes:
+            batch = batch.repeated(examples)
         if measure:
             run = functools.partial(self.answers, head, sources, batch, chosen, memory_limit)
             measured = Spent(statistics.median(device.repeated(run, 3, 0.2)), device.peak(run))
-        if self._autotune and task.swept:
+        if tunes:
             task, trial = self._tuned(task, batch, chosen)
             measured = measured or Spent(trial.seconds, trial.peak)
         load, schedule = task.load, task.schedule
-        longest = load.runs(batch.size, task.room)[0].stop
-        seconds = schedule.seconds(
-            self.program, head, self._targets(task), chosen.count, batch.size
-        )
-        dense = batch.size * chosen.count * sum(s.size * s.dtype.size for s in sources)
+        longest = load.runs(examples, task.room)[0].stop
+        seconds = schedule.seconds(self.program, head, self._targets(task), chosen.count, examples)
+        dense = examples * chosen.count * sum(s.size * s.dtype.size for s in sources)
         rates = device.rates(task.dtype, self._may_xla)
         unrolled = schedule.unrolls(self.program, head, chosen.count)
         shown = dataclasses.replace(schedule, vectorised=not unrolled)
@@ -281,7 +286,7 @@ class Traced(Examined):
 
         It is to be part of another graph, and of factored weights alone.
         """
-        task, _ = self._task(head, sources, batch, chosen, None)
+        task, _ = self._task(head, sources, batch.size, chosen)
         job = self._job(task, chosen.signature, batch.size, MOST)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
 
@@ -361,7 +366,7 @@ class Traced(Examined):
                 (NotForXla, tf.errors.OpError),
             )
 
-        best = self.once(("tuned", *map(str, about)), tuned).trials[0]
+        best = self.once(("tuned", *map(str, about)), tuned).best
         return dataclasses.replace(task, schedule=best.schedule), best
 
     def _targets(self, task: _Task) -> tuple[str, ...]:

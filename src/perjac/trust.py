@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from perjac import export, inputs, seeds
-from perjac.errors import InputError, check_one_of
+from perjac.errors import InputError, check_counts, check_one_of
 from perjac.inspection import Inspection
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
@@ -61,6 +61,7 @@ class Trust:
         time (half a second) and remembered. It is wrong by up to a factor of three where one
         kernel is much slower than its kind.
         """
+        check_counts(batch_size=batch_size)
         batch = self.traces.prepare(self.traces.example() if x is None else x)
         traced, names = self.traces.of(batch)
         head = names.head(of)
@@ -68,10 +69,9 @@ class Trust:
             traced.check_shapes(head)
         count = size(traced.row_shape(head))
         sources = names.sources("weights")
-        batch = batch.repeated(batch_size)
         dtype = traced.program.graph.get_tensor_by_name(head).dtype
-        chosen = seeds.make(None, None, batch.size, traced.row_shape(head), dtype)
-        plan = traced.plan(head, sources, batch, chosen, self.memory_limit, measure)
+        chosen = seeds.make(None, None, batch_size, traced.row_shape(head), dtype)
+        plan = traced.plan(head, sources, batch, batch_size, chosen, self.memory_limit, measure)
         return Inspection.of(traced.decisions(head, sources, count), batch_size, count, plan)
 
     def verify(self, x: Any, *, of: Any = None, rtol: float | None = None) -> Verification:

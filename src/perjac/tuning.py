@@ -60,9 +60,9 @@ class Tuned:
     trials: tuple[Trial, ...]
 
     @property
-    def best(self) -> Schedule:
+    def best(self) -> Trial:
         """The fastest."""
-        return self.trials[0].schedule
+        return self.trials[0]
 
 
 def signature(program: Program, *about: Any) -> dict[str, Any]:
