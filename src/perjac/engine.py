@@ -394,9 +394,12 @@ class Engine(Trust):
         if self._check:
             traced.check_shapes(head)
             traced.check_data(head, sources, batch)
-        dtype = traced.program.graph.get_tensor_by_name(head).dtype
         chosen = seeds.make(
-            asked.get("outputs"), asked.get("cotangents"), batch.size, traced.row_shape(head), dtype
+            asked.get("outputs"),
+            asked.get("cotangents"),
+            batch.size,
+            traced.row_shape(head),
+            traced.dtype(head),
         )
         try:
             result, answers = traced.answers(

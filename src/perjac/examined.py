@@ -76,6 +76,10 @@ class Examined:
             )
         return extent.rest
 
+    def dtype(self, head: str) -> tf.DType:
+        """Return an output's type."""
+        return self.once(("dtype", head), lambda: self.program.graph.get_tensor_by_name(head).dtype)
+
     def check_shapes(self, head: str) -> None:
         """Raise ExamplesMeetError where the trace shows that examples influence one another."""
         if head not in self._checked:

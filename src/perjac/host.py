@@ -96,13 +96,14 @@ class Compiled:
             concrete = self._traced(arguments, tensors)
             large = len(concrete.graph.get_operations()) > _MANY_OPERATIONS
             quick = getattr(concrete, "_inference_function", None)
-            self._found[key] = concrete, quick, as_it_is if large else contextlib.nullcontext
-        concrete, quick, around = self._found[key]
+            around = as_it_is if large else contextlib.nullcontext
+            self._found[key] = concrete, quick, around, _packing(concrete.structured_outputs)
+        concrete, quick, around, packed = self._found[key]
         if quick is None:
             return self._function(*arguments)
         with around():
             flat = quick.call_flat(*tensors, *concrete.captured_inputs)
-        return _packed(concrete.structured_outputs, iter(flat))
+        return packed(iter(flat))
 
     def _traced(self, arguments: tuple, tensors: list[Any]) -> Any:
         """Return the concrete function for these arguments.
@@ -130,7 +131,7 @@ class Compiled:
 
     def _with(self, arguments: tuple, specs: list[tf.TensorSpec]) -> Any:
         try:
-            return self._function.get_concrete_function(*_packed(arguments, iter(specs)))
+            return self._function.get_concrete_function(*_packing(arguments)(iter(specs)))
         except (TypeError, ValueError):  # what needs an axis that is not known raises these
             return None
 
@@ -179,18 +180,27 @@ def _key(thing: Any, tensors: list[Any], whole: bool = True) -> Any:
     return None if None in parts else (type(thing), static, *parts)
 
 
-def _packed(structure: Any, flat: Iterator[Any]) -> Any:
-    """Do what `tf.nest.pack_sequence_as` does, for what perjac returns, and quicker."""
+def _packing(structure: Any) -> Callable[[Iterator[Any]], Any]:
+    """Return what does as `tf.nest.pack_sequence_as` to tensors, for what perjac returns.
+
+    The structure is looked at once, not at every call.
+    """
     if isinstance(structure, dict):
-        parts = {name: _packed(structure[name], flat) for name in sorted(structure)}
-        return {name: parts[name] for name in structure}
+        names, parts = list(structure), [(n, _packing(structure[n])) for n in sorted(structure)]
+
+        def mapping(flat: Iterator[Any]) -> dict:
+            found = {name: part(flat) for name, part in parts}
+            return {name: found[name] for name in names}
+
+        return mapping
     if hasattr(structure, "__tf_flatten__"):
         static, moving = structure.__tf_flatten__()
-        inside = tuple(_packed(part, flat) for part in moving)
-        return type(structure).__tf_unflatten__(static, inside)
+        inside, made = _packing(tuple(moving)), type(structure).__tf_unflatten__
+        return lambda flat: made(static, inside(flat))
     if isinstance(structure, (list, tuple)):
-        return type(structure)([_packed(part, flat) for part in structure])
-    return next(flat)
+        kind, each = type(structure), [_packing(part) for part in structure]
+        return lambda flat: kind([part(flat) for part in each])
+    return next
 
 
 def scratch_graph() -> Any:

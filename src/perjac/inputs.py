@@ -116,6 +116,11 @@ class Batch:
         """The tensors in the user's structure."""
         return tf.nest.pack_sequence_as(self.structure, self.tensors)
 
+    @property
+    def y(self) -> Any:
+        """The labels of a batch that `beside` made, in the user's structure."""
+        return _packed(self.structure[1], self.tensors[self.inputs :])
+
     def first(self, count: int) -> Batch:
         """Return the first examples."""
         return self.part(slice(count))
@@ -139,7 +144,7 @@ class Batch:
     @functools.cached_property
     def signature(self) -> tuple:
         """What a trace depends on."""
-        return repr(self.structure), tuple((tuple(s.shape), s.dtype.name) for s in self.specs)
+        return repr(self.structure), tuple((tuple(t.shape[1:]), t.dtype) for t in self.tensors)
 
     def check_finite(self, fine: Sequence[bool]) -> None:
         """Raise for the first input that is not `fine`, naming the example.
@@ -246,8 +251,7 @@ def prepare(
         x = np.asarray(x)
     elif isinstance(x, (list, tuple)) and len(x) == len(expected) == 1:
         x = x[0]
-    structure = tf.nest.map_structure(lambda leaf: 0, x)
-    leaves = tf.nest.flatten(x)
+    structure, leaves = _taken_apart(x)
     if expected and len(leaves) != len(expected):
         raise InputError(
             f"Expected {len(expected)} inputs ({', '.join(repr(e.name) for e in expected)}). "
@@ -260,6 +264,20 @@ def prepare(
     ]
     _check_sizes(tensors, names)
     return Batch(tensors, tuple(names), structure)
+
+
+def _taken_apart(x: Any) -> tuple[Any, list[Any]]:
+    """Return a nest's structure, zeros in place of its leaves, and the leaves."""
+    if isinstance(x, (tf.Tensor, np.ndarray)):  # what most are; asking tf.nest takes 10 µs
+        return 0, [x]
+    return tf.nest.map_structure(lambda leaf: 0, x), tf.nest.flatten(x)
+
+
+def _packed(structure: Any, leaves: Sequence[Any]) -> Any:
+    """Put the first of these leaves into a structure."""
+    if structure == 0:
+        return leaves[0]
+    return tf.nest.pack_sequence_as(structure, leaves[: len(tf.nest.flatten(structure))])
 
 
 def _check_sizes(tensors: Sequence[tf.Tensor], names: Sequence[str]) -> None:
@@ -317,9 +335,9 @@ def _tensor(
         )
         raise InputError(f"{what} holds text. {instead}")
     if spec is not None:
-        tensor = tf.cast(tensor, spec.dtype)
+        tensor = tensor if tensor.dtype == spec.dtype else tf.cast(tensor, spec.dtype)
         _check_shape(tensor, name, spec)
-    elif dtype is not None and tensor.dtype.is_floating:
+    elif dtype not in (None, tensor.dtype) and tensor.dtype.is_floating:
         tensor = tf.cast(tensor, dtype)
     if tensor.shape.rank == 0:
         raise InputError(f"{what} is a single number. Expected a batch of examples.")
@@ -327,16 +345,12 @@ def _tensor(
 
 
 def _check_shape(tensor: tf.Tensor, name: str, spec: Expected) -> None:
-    fits = tensor.shape.rank == len(spec.shape) and all(
-        want is None or want == got
-        for want, got in zip(spec.shape[1:], tensor.shape[1:], strict=True)
-    )
-    if fits:
+    given = tuple(tensor.shape)
+    wanted = zip(spec.shape[1:], given[1:], strict=False)
+    if len(given) == len(spec.shape) and all(want in (None, got) for want, got in wanted):
         return
     shown = "(" + ", ".join("B" if n == 0 else str(d) for n, d in enumerate(spec.shape)) + ")"
     hint = ""
     if tensor.shape.rank == len(spec.shape) - 1:
         hint = " The batch axis seems to be missing: try x[None]."
-    raise InputError(
-        f"Expected input {name!r} of shape {shown}. Received: {tuple(tensor.shape)}.{hint}"
-    )
+    raise InputError(f"Expected input {name!r} of shape {shown}. Received: {given}.{hint}")

@@ -95,13 +95,13 @@ class Jobs:
         sizes = self._sizes.setdefault(job, Sizes())
         at = sizes.of(batch.size)
         began = time.perf_counter()
-        output, answers, *fine = self._run(job, batch.repeated(at), chosen.repeated(at))
+        output, answers, fine = self._run(job, batch.repeated(at), chosen.repeated(at))
         if at > batch.size or at not in sizes.compiled:
-            fine[0].numpy()  # a card answers before it is done
+            fine.numpy()  # a card answers before it is done
             sizes.ran(batch.size, at, time.perf_counter() - began)
         if at > batch.size:
             output, answers = first((output, answers), batch.size, at)
-        return output, answers, *fine
+        return output, answers, fine
 
     def _run(self, job: Job, batch: Batch, chosen: Seeds) -> tuple:
         known = job, batch.size if job.jit else None

@@ -57,13 +57,13 @@ class Objectives:
         traced, names = self._traces.of(batch, objective)
         if batch.size == 0:
             return
-        objective.check_labels(batch.packed[1])
+        objective.check_labels(batch.y)
         if objective.key in self._doubted:
             return
         self._doubted.add(objective.key)
         few = batch.first(_FEW)
         doubt = objective.doubts(
-            batch.packed[1], lambda head: traced.outputs(names.head(BEHIND.format(head)), few)
+            batch.y, lambda head: traced.outputs(names.head(BEHIND.format(head)), few)
         )
         if doubt:
             warn(doubt, LossWarning)

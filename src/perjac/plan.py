@@ -297,7 +297,7 @@ class Job:
             return self.body(inputs, payload)
 
     def body(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
-        """Return (output, the answers by key, finite inputs, finite variables)."""
+        """Return (output, the answers by key, which inputs and variables are finite)."""
         program = self._program
         numbers = sorted(set(program.reads.values()) | set(self._wanted))
         values = {
@@ -326,7 +326,7 @@ class Job:
         }
         factors |= self._weights(bound, [swept[name] for name in places], values)
         answers = self._question(factors)
-        return output, answers, _finite(inputs), _finite(list(values.values()))
+        return output, answers, _finite([*inputs, *values.values()])
 
     def _weights(
         self,

@@ -281,6 +281,8 @@ class Rows(Mapping):
 
     def _is_small(self) -> bool:
         size = self.shape[0] * self._count * self.shape[-1] * self._dtype.size
+        if self._memory_limit is None and size <= memory.SMALL:
+            return True
         return size <= min(_AT_ONCE, memory.limit(self._memory_limit) or _AT_ONCE)
 
     def _whole(self) -> dict[str, tf.Tensor]:

@@ -81,6 +81,9 @@ class Source:
     index: int = -1
     tensor: str = ""
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # which text remembers; dozens are looked up at every call
+
     @property
     def place(self) -> str:
         """What it is known by where names may change: Keras numbers layers anew in each process."""

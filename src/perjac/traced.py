@@ -123,8 +123,7 @@ class Traced(Examined):
     def outputs(self, head: str, batch: Batch, memory_limit: int | str | None = None) -> tf.Tensor:
         """Return an output, (B, *output_shape)."""
         if batch.size == 0:  # which TensorFlow's own reshapes, of -1 by nothing, may get wrong
-            dtype = self.program.graph.get_tensor_by_name(head).dtype
-            return tf.zeros([0, *self.row_shape(head)], dtype)
+            return tf.zeros([0, *self.row_shape(head)], self.dtype(head))
         load = Load(1, True, self.footprint(head))
         room = load.room(batch.size, memory_limit)
         asked = Asked(head, (), (), ("all", 1), tf.float32, THEMSELVES)
@@ -158,12 +157,11 @@ class Traced(Examined):
         DisconnectedWarning
             For sources that the output does not depend on.
         """
-        dtype = held_in([s.dtype for s in sources])
-        nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=dtype)
+        task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
+        nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
         if batch.size == 0 or chosen.count == 0:
             answers = question({s.key: nothing(s) for s in sources})
             return self.outputs(head, batch, memory_limit), answers
-        task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
         memory.check(
             batch.size * task.load.held, memory_limit,
             f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
@@ -178,14 +176,15 @@ class Traced(Examined):
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
             with _failing(last):
-                output, answers, *fine = self._sweep(task, part, seeds)
-            batch.check_finite(fine[0].numpy())
-            self._check_variables(bool(fine[1].numpy().all()))
+                output, answers, fine = self._sweep(task, part, seeds)
+            if not (finite := fine.numpy()).all():
+                batch.check_finite(finite[: len(batch.tensors)])
+                self._check_variables()
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
                 explicit = {
-                    source.key: Explicit(Relabelling.of(source.shape), rows).cast(dtype)
+                    source.key: Explicit(Relabelling.of(source.shape), rows).cast(task.dtype)
                     for source, rows in zip(taped, tape(part.tensors, seeds), strict=True)
                 }
                 answers |= query(question)(explicit)
@@ -291,7 +290,7 @@ class Traced(Examined):
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
 
         def run(inputs: list[tf.Tensor], payload: tf.Tensor) -> tuple[tf.Tensor, dict[str, Factor]]:
-            output, factors, *_ = job.body(inputs, payload)
+            output, factors, _ = job.body(inputs, payload)
             return output, {s.key: factors.get(s.key) or nothing(s) for s in sources}
 
         return run
@@ -324,10 +323,10 @@ class Traced(Examined):
                     raise NotForXla(why_not(failure)) from failure
                 self._apart.add(question)  # the factors may compile without it
                 return self._sweep(task, batch, chosen)
-        result, found, *fine = answers[0]
+        result, found, fine = answers[0]
         if len(blocks) > 1:
-            found = join_rows([factors for _, factors, *_ in answers])
-        return result, found if together else query(question)(found), *fine
+            found = join_rows([factors for _, factors, _ in answers])
+        return result, found if together else query(question)(found), fine
 
     def _job(
         self, task: _Task, signature: tuple[str, int], batch: int, room: int | None = None
@@ -389,10 +388,8 @@ class Traced(Examined):
             ),
         )
 
-    def _check_variables(self, fine: bool) -> None:
-        """Name the variable that is not finite, where a sum over one was not."""
-        if fine:
-            return
+    def _check_variables(self) -> None:
+        """Raise for a variable that is not finite, after a sum that was not."""
         weights = self.program.weights
         for key, variable in zip(weights.keys, weights.variables, strict=True):
             value = tf.convert_to_tensor(host.tf_variable(variable))

@@ -69,8 +69,7 @@ class Trust:
             traced.check_shapes(head)
         count = size(traced.row_shape(head))
         sources = names.sources("weights")
-        dtype = traced.program.graph.get_tensor_by_name(head).dtype
-        chosen = seeds.make(None, None, batch_size, traced.row_shape(head), dtype)
+        chosen = seeds.make(None, None, batch_size, traced.row_shape(head), traced.dtype(head))
         plan = traced.plan(head, sources, batch, batch_size, chosen, self.memory_limit, measure)
         return Inspection.of(traced.decisions(head, sources, count), batch_size, count, plan)
 
@@ -158,6 +157,5 @@ class Trust:
         if self._check:
             traced.check_shapes(head)
             traced.check_data(head, sources, batch)
-        dtype = traced.program.graph.get_tensor_by_name(head).dtype
-        chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), dtype)
+        chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), traced.dtype(head))
         return export.write(path, job, traced, head, sources, batch, chosen)

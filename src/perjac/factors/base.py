@@ -286,10 +286,10 @@ class Factor:
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple, components: tuple) -> Self:
         static, moving = _fields(cls)
-        named = dict(zip(static, metadata, strict=True)) | dict(
-            zip(moving, components, strict=True)
-        )
-        return cls(**named)
+        made = object.__new__(cls)  # a frozen dataclass sets its fields one by one, slowly
+        made.__dict__.update(zip(static, metadata, strict=True))
+        made.__dict__.update(zip(moving, components, strict=True))
+        return made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -122,7 +122,7 @@ class Explained:
         head = names.head(of)
         self._each = traced.footprint(head)
         self.link = "" if of == "logits" else before_link(traced.program, head)[1]
-        dtype = traced.program.graph.get_tensor_by_name(head).dtype
+        dtype = traced.dtype(head)
         self.target = _target(target, traced.row_shape(head), dtype, self)
 
     @functools.cached_property
