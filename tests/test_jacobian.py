@@ -386,6 +386,28 @@ def test_weights_changed_after_binding_count():
     np.testing.assert_allclose(made.jacobian(x)["first/kernel"], 2 * first, RTOL)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [{"outputs": 1}, {"outputs": 0}],
+        [{"outputs": [0, 1]}, {"outputs": [1, 1]}],
+        [{"outputs": np.array([0, 1, 1])}, {"outputs": np.array([1, 0, 1])}],
+        [{"cotangents": random(3, 3, 2)}, {"cotangents": random(3, 3, 2, seed=6)}],
+        [{"wrt": "first"}, {"wrt": "second"}, {"wrt": "inputs"}, {"wrt": ["second", "first"]}],
+    ],
+    ids=["one", "some", "each", "directions", "sources"],
+)
+def test_a_question_asked_before_is_answered_on_what_is_given_now(asked):
+    made, x = pj.Engine(named_model()), random(3, 4)
+    for shift in (0, 1):
+        for how in asked * 2:
+            found, expected = made.jacobian(x + shift, **how), pj.Engine(made.model)
+            expected = expected.jacobian(x + shift, **how)
+            assert list(found) == list(expected)
+            np.testing.assert_array_equal(found.matrix(), expected.matrix())
+            np.testing.assert_array_equal(found.outputs, expected.outputs)
+
+
 def test_a_jacobian_stays_what_it_was_when_weights_change():
     model = named_model()
     x = random(3, 4)

@@ -113,9 +113,13 @@ class Load:
         made = copies * self.swept + self.formed + self.held  # which is then joined to the others
         return int(_SPARE * batch * (sweeping + made))
 
+    def is_small(self, batch: int) -> bool:
+        """Tell whether a batch takes so little that nobody asks how much is free."""
+        return self.passing(batch, MOST) <= memory.SMALL
+
     def room(self, batch: int, setting: int | str | None) -> int:
         """Return the bytes that there are on the way, where the answers of a batch are held."""
-        if setting is None and self.passing(batch, MOST) <= memory.SMALL:
+        if setting is None and self.is_small(batch):
             return MOST
         allowed = max((memory.limit(setting) or math.inf) - batch * self.held, 1)
         # What is free is never the same twice. Runs should be, as XLA compiles them for their size.

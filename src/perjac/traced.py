@@ -110,13 +110,14 @@ class Traced(Examined):
         self._may_xla, self._autotune = jit, autotune
         self._apart: set[Question] = set()  # questions that XLA does not compile
         self._jobs = Jobs(program)
+        self._alone: dict[tuple, Job] = {}  # by all that they depend on, jobs that answer all
 
     @functools.cached_property
     def uncompacted(self) -> Traced:
         """The same trace, whose factors keep their two sides even where the rows are smaller."""
         other = copy.copy(self)
         other._compact, other._made = False, {}
-        other._jobs = Jobs(self.program, compact=False)
+        other._jobs, other._alone = Jobs(self.program, compact=False), {}
         other._probed = set(self._probed)  # each knows the order of what it has probed itself
         return other
 
@@ -157,6 +158,14 @@ class Traced(Examined):
         DisconnectedWarning
             For sources that the output does not depend on.
         """
+        key = (
+            head, tuple(sources), batch.size, chosen.signature, memory_limit, question, self._order,
+        )  # fmt: skip
+        if (known := self._alone.get(key)) is not None:
+            with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
+                output, answers, fine = self._jobs.run(known, batch, chosen)
+                self._check_finite(batch, fine)
+                return output, {s.key: answers[s.key] for s in sources}
         task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
         if batch.size == 0 or chosen.count == 0:
@@ -177,9 +186,7 @@ class Traced(Examined):
             seeds = chosen if whole else chosen.part(where)
             with _failing(last):
                 output, answers, fine = self._sweep(task, part, seeds)
-            if not (finite := fine.numpy()).all():
-                batch.check_finite(finite[: len(batch.tensors)])
-                self._check_variables()
+            self._check_finite(batch, fine)
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
@@ -204,6 +211,8 @@ class Traced(Examined):
         if missing:
             warn_disconnected(self.program.called(head), [s.key for s in missing])
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
+        elif not taped and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
+            self._alone[key] = self._job(task, chosen.signature, batch.size)
         return joined(outputs), {s.key: answers[s.key] for s in sources}
 
     def _task(
@@ -307,9 +316,9 @@ class Traced(Examined):
 
     def _sweep(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple:
         """Run the job, over blocks of rows where they cannot all be compiled into one."""
-        blocks = list(chosen.blocks(rows_at_once(self.program, chosen.count)))
+        blocks = self._blocks(chosen)
         question = task.question
-        together = len(blocks) == 1 and question not in self._apart and self._is_small(task.head)
+        together = self._is_asked_along(task, len(blocks))
         asked = task if together else dataclasses.replace(task, question=THEMSELVES)
         answers = []
         for block in blocks:
@@ -327,6 +336,23 @@ class Traced(Examined):
         if len(blocks) > 1:
             found = join_rows([factors for _, factors, _ in answers])
         return result, found if together else query(question)(found), fine
+
+    def _blocks(self, chosen: Seeds) -> list[Seeds]:
+        """Return the rows as jobs take them."""
+        return chosen.blocks(rows_at_once(self.program, chosen.count))
+
+    def _is_asked_along(self, task: _Task, blocks: int) -> bool:
+        """Tell whether a question is answered in the program that sweeps."""
+        question = task.question
+        return question == THEMSELVES or (
+            blocks == 1 and question not in self._apart and self._is_small(task.head)
+        )
+
+    def _asks_one(self, task: _Task, chosen: Seeds) -> bool:
+        """Tell whether one job gives all answers, and will again, whatever memory is free."""
+        blocks = len(self._blocks(chosen))
+        steady = task.memory_limit is not None or task.load.is_small(task.batch)
+        return blocks == 1 and steady and self._is_asked_along(task, blocks)
 
     def _job(
         self, task: _Task, signature: tuple[str, int], batch: int, room: int | None = None
@@ -388,8 +414,12 @@ class Traced(Examined):
             ),
         )
 
-    def _check_variables(self) -> None:
-        """Raise for a variable that is not finite, after a sum that was not."""
+    def _check_finite(self, batch: Batch, fine: tf.Tensor) -> None:
+        """Raise for an input or a variable that is not finite, where a sum over one was not."""
+        finite = fine.numpy()
+        if finite.all():
+            return
+        batch.check_finite(finite[: len(batch.tensors)].tolist())
         weights = self.program.weights
         for key, variable in zip(weights.keys, weights.variables, strict=True):
             value = tf.convert_to_tensor(host.tf_variable(variable))
