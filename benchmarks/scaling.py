@@ -64,7 +64,8 @@ AXES = {
     ),
     "K": Axis(
         "output rows K",
-        "64-128-256, its first K outputs, 32 examples (512 where no weights' rows are formed)",
+        "64-128-256, its first K outputs, 32 examples (512 for norms); for inputs 512-384-256, "
+        "256 examples: more inputs than rows at every size",
         dict.fromkeys(("weights", "inputs", "jacobian_norms"), _doubled(2, 256)),
     ),
     "P": Axis(

@@ -44,6 +44,8 @@ def _case(axis: str, job: str, size: int) -> tuple[keras.Model, int, int | None,
     examples = 32 if job in ("weights", "gradients") else 512
     if axis == "B":
         return _dense(784, [256, 256], 10), size, None, size
+    if axis == "K" and job == "inputs":  # with fewer inputs than rows they would go by columns
+        return _dense(512, [384], 256), 256, size, size
     if axis == "K":
         return _dense(64, [128], 256), examples, size, size
     if axis == "P":
