@@ -89,9 +89,7 @@ class Objective:
         self._class_weight = _classes(class_weight)
         self._heads: list[str] = []
         self._terms: dict[Any, list[Term]] = {}  # by the shapes of the labels, once traced
-        weights = (
-            None if loss_weights is None else json.dumps(loss_weights, sort_keys=True, default=str)
-        )
+        weights = loss_weights is not None and json.dumps(loss_weights, sort_keys=True, default=str)
         self.key = (_identity(loss), weights, tuple(self._class_weight.items()))
 
     def __call__(
@@ -134,11 +132,10 @@ class Objective:
             if term.classes is None:
                 continue
             given = np.asarray(self._dealt(y, terms, "y")[term.head])
-            if given.size and given.min() >= 0 and given.max() < term.classes:
-                continue
             fine = (given >= 0) & (given < term.classes)
-            ignored = host.loss_options(term.loss).get("ignore_class")
-            fine |= given == ignored if ignored is not None else False
+            if not fine.all():
+                ignored = host.loss_options(term.loss).get("ignore_class")
+                fine |= given == ignored if ignored is not None else False
             if not fine.all():
                 place = np.argwhere(~fine)[0]
                 raise OutOfRangeError(
@@ -445,9 +442,8 @@ def _identity(loss: Any) -> Any:
 
 
 def _shapes(y: Any) -> str:
-    if isinstance(y, tf.Tensor):
-        return str(tuple(y.shape[1:]))
-    return str(tf.nest.map_structure(lambda t: tuple(t.shape[1:]), y))
+    shapes = y.shape[1:] if tf.is_tensor(y) else tf.nest.map_structure(lambda t: t.shape[1:], y)
+    return str(shapes)
 
 
 def _first_line(failure: Exception) -> str:
