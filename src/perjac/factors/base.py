@@ -12,6 +12,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from perjac.factors.moments import Moments, no_moments, of_rows
+from perjac.factors.squares import sum_of_squares
 from perjac.factors.way import Way
 from perjac.layout import Relabelling
 from perjac.patches import Patches
@@ -98,7 +99,7 @@ class Factor:
 
     def squared_norms(self) -> tf.Tensor:
         """Return ‖J[b,k]‖², (B, K)."""
-        return self._each_example(lambda part: sum_of_squares(part.rows()))
+        return self._each_example(lambda part: squared_lengths(part.rows()))
 
     def gram(self, other: Factor) -> tf.Tensor:
         """Return ⟨J[b,k], J'[b',k']⟩, (B, K, B', K')."""
@@ -132,7 +133,7 @@ class Factor:
 
     def diagonal(self) -> tf.Tensor:
         """Return Σ_bk J[b,k]², of the weight's shape."""
-        squares = self._over_examples(lambda part: tf.reduce_sum(tf.square(part.rows()), [0, 1]))
+        squares = self._over_examples(lambda part: sum_of_squares(part.rows(), [0, 1]))
         return self._back(squares, False)
 
     def moments(self, reduce: bool, most: int) -> Moments:
@@ -155,7 +156,7 @@ class Factor:
                 rows = tf.matmul(bases["left"], rows, transpose_a=True)
             if "right" in bases:
                 rows = tf.matmul(rows, bases["right"])
-            return tf.reduce_sum(tf.square(rows), [0, 1])
+            return sum_of_squares(rows, [0, 1])
 
         start = tf.zeros(self.reading.target, self._any_tensor().dtype)
         return self._over_examples(ask, start)
@@ -163,9 +164,7 @@ class Factor:
     def squared_deviations(self) -> tf.Tensor:
         """Return Σ_bk (J[b,k] - J̄)², J̄ the mean over b and k, of the weight's shape."""
         mean = self.layout.apply(self._mean())
-        spread = self._over_examples(
-            lambda part: tf.reduce_sum(tf.square(part.rows() - mean), [0, 1])
-        )
+        spread = self._over_examples(lambda part: sum_of_squares(part.rows() - mean, [0, 1]))
         return self._back(spread, False)
 
     def project(self, drawn: Mapping[Side, Any]) -> tf.Tensor:
@@ -407,9 +406,9 @@ def lead_of(rows: tf.Tensor) -> tuple[Any, Any]:
     return rows.shape[0] or shape[0], rows.shape[1] or shape[1]
 
 
-def sum_of_squares(rows: tf.Tensor) -> tf.Tensor:
-    """Sum over all axes but the first two."""
-    return tf.reduce_sum(tf.square(rows), list(range(2, rows.shape.rank)))
+def squared_lengths(rows: tf.Tensor) -> tf.Tensor:
+    """Sum squares over all axes but the first two."""
+    return sum_of_squares(rows, list(range(2, rows.shape.rank)))
 
 
 def gram_of(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:

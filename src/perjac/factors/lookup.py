@@ -8,9 +8,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors.base import Factor, gram_of, lead_of, sum_of_squares
+from perjac.factors.base import Factor, gram_of, lead_of, squared_lengths
 from perjac.factors.moments import Moments, moment
 from perjac.factors.outer import weighted
+from perjac.factors.squares import sum_of_squares
 from perjac.factors.way import Way
 from perjac.layout import Relabelling
 from perjac.sketch import Side
@@ -36,7 +37,7 @@ class Lookup(Factor):
 
     def squared_norms(self) -> tf.Tensor:
         """Return the norms of the added rows: an id that repeats is added up before squaring."""
-        return sum_of_squares(self._merged())
+        return squared_lengths(self._merged())
 
     def _gram(self, other: Lookup) -> tf.Tensor:
         """Inner products over the ids that occur, not over the whole table."""
@@ -66,7 +67,7 @@ class Lookup(Factor):
 
     def diagonal(self) -> tf.Tensor:
         """Return Σ_bk of the added rows' squares, added at their ids."""
-        squares = tf.reduce_sum(tf.square(self._merged()), 1)  # (B, T, D)
+        squares = sum_of_squares(self._merged(), [1])  # (B, T, D)
         flat = tf.reshape(squares, [-1, self.layout.target[1]])
         ids = tf.reshape(self.ids, [-1])
         return self._back(tf.math.unsorted_segment_sum(flat, ids, self.layout.target[0]), False)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from perjac.factors.squares import sum_of_squares
 from perjac.shapes import known
 
 
@@ -45,7 +46,7 @@ def grouped_moment(x: tf.Tensor, most: int) -> tf.Tensor:
     groups, n = known(x.shape[-2:])
     flat = tf.reshape(x, [-1, groups, n])
     if n > most:
-        return tf.reduce_sum(tf.square(flat), 0)
+        return sum_of_squares(flat, [0])
     if groups == 1:
         flat = flat[:, 0]
         return tf.matmul(flat, flat, transpose_a=True)[None]
@@ -56,7 +57,7 @@ def grouped_moment(x: tf.Tensor, most: int) -> tf.Tensor:
 def of_rows(rows: tf.Tensor, most: int) -> Moments:
     """Return Σ J Jᵀ, Σ JᵀJ and their trace for each group, of rows (B, K, G, I, O)."""
     groups, inputs, outputs = known(rows.shape[2:])
-    traces = tf.reduce_sum(tf.square(rows), [0, 1, 3, 4])
+    traces = sum_of_squares(rows, [0, 1, 3, 4])
     alone = tf.reshape(traces, [groups, 1, 1])  # of a side of one entry
     left = right = alone
     if inputs > 1:

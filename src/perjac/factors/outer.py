@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from perjac.factors.base import FORM_AT_ONCE, Factor, gram_of
 from perjac.factors.moments import Moments, grouped_moment, moment
+from perjac.factors.squares import sum_of_squares
 from perjac.factors.way import Way
 from perjac.layout import Relabelling
 from perjac.patches import Patches
@@ -85,8 +86,8 @@ class Outer(Factor):
         Σ_ts (a_t·a_s)(δ_t·δ_s) costs T²(I + K·O) multiply-adds, forming K·T·I·O.
         """
         if self.rank_one:
-            lengths = tf.reduce_sum(tf.square(self.a), 2)  # (B, 1)
-            return lengths * tf.reduce_sum(tf.square(self.delta), [2, 3])
+            lengths = sum_of_squares(self.a, [2])  # (B, 1)
+            return lengths * sum_of_squares(self.delta, [2, 3])
         if self.ways("norms")[0].forms:
             return super().squared_norms()
         a = self.columns
@@ -135,7 +136,7 @@ class Outer(Factor):
         """Return (a²)ᵀ(Σ_k δ²) for T = 1; else form, square and add."""
         if not self.rank_one:
             return super().diagonal()
-        delta = tf.reduce_sum(tf.square(self.delta[:, :, 0]), 1)
+        delta = sum_of_squares(self.delta[:, :, 0], [1])
         return self._back(tf.matmul(tf.square(self.a[:, 0]), delta, transpose_a=True), False)
 
     def moments(self, reduce: bool, most: int) -> Moments:
