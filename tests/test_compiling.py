@@ -12,7 +12,7 @@ from keras import layers
 from models import Floats, Ids, floats, randomise
 
 import perjac as pj
-from perjac import patches, progress
+from perjac import compiling, patches, progress
 from perjac.compiling import compiles_whole, why_not
 from perjac.errors import SlowPathWarning
 from perjac.questions import Squares
@@ -52,7 +52,7 @@ def test_windows_are_laid_out_for_xla(monkeypatch, jit):
     under_xla, rows = [], patches.Patches.rows
 
     def noted(self, delta):
-        under_xla.append(patches._for_xla.get())
+        under_xla.append(compiling.is_for_xla())
         return rows(self, delta)
 
     monkeypatch.setattr(patches.Patches, "rows", noted)

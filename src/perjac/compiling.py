@@ -5,16 +5,36 @@ Must not know models or graphs.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # TensorFlow's words for operations that XLA has no kernel for, and for the node that it fails at.
 _UNSUPPORTED = re.compile(r" on XLA_\w+: (.+?) \(No registered")
 _NODE = re.compile(r"\{\{node ([^}]+)\}\}")
 
 
+_for_xla = contextvars.ContextVar("for_xla", default=False)
+
+
 class NotForXla(Exception):
     """Raised where XLA cannot compile a model; it has to be traced anew to go without."""
+
+
+@contextlib.contextmanager
+def for_xla() -> Iterator[None]:
+    """Trace for XLA, which lacks some of TensorFlow's kernels, and is slow at others."""
+    token = _for_xla.set(True)
+    try:
+        yield
+    finally:
+        _for_xla.reset(token)
+
+
+def is_for_xla() -> bool:
+    """Tell whether what is being traced is for XLA."""
+    return _for_xla.get()
 
 
 def compiles_whole(jit: bool | str, devices: Iterable[str]) -> bool:

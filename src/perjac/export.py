@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import host, patches
+from perjac import compiling, host
 from perjac.errors import InputError, PathError
 from perjac.factors import Factor
 from perjac.inputs import Batch
@@ -112,7 +112,7 @@ def write(
         return {"outputs": output} | question(factors, sources, (batch.size, *chosen.row_shape))
 
     specs = [tf.TensorSpec(t.shape, t.dtype) for t in batch.tensors]
-    with patches.for_xla():
+    with compiling.for_xla():
         concrete = program.get_concrete_function(*specs)
     try:
         code = program.experimental_get_compiler_ir(*specs)(stage="stablehlo_serialized")

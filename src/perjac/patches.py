@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import itertools
@@ -14,26 +12,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import compiling
 from perjac.shapes import batched, known, size
 
 # For one row and so many channels, a backward pass with a group of channels for each example beats
 # laying the windows out: 3.8 ms against 5.6 at (128, 13, 13, 16), but 2.1 against 3.9 with one
 # channel, and 217 against 62 at (16, 10, 10, 512).
 _GROUPED_CHANNELS = range(4, 65)
-_for_xla = contextvars.ContextVar("for_xla", default=False)
-
-
-@contextlib.contextmanager
-def for_xla() -> Iterator[None]:
-    """Trace for XLA, whose backward pass for groups is slow.
-
-    303 ms against 11 for windows laid out: gradients of the CNN of the benchmarks, 32 examples.
-    """
-    token = _for_xla.set(True)
-    try:
-        yield
-    finally:
-        _for_xla.reset(token)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +55,9 @@ class Patches:
         if math.prod(self.window) == 1 or self.fold > 1:
             return tf.matmul(self.columns()[:, None], delta, transpose_a=True)
         few = delta.shape[1] == 1 and size(self.x.shape[-1:]) in _GROUPED_CHANNELS
-        plain = max(self.strides) == 1 and self.backward and not _for_xla.get()
+        # XLA's backward pass for groups is slow: 303 ms against 11 for windows laid out (gradients
+        # of the benchmarks' CNN, 32 examples).
+        plain = max(self.strides) == 1 and self.backward and not compiling.is_for_xla()
         if few and plain and _groups_run(delta.dtype):
             return self._grouped(delta)
         return tf.matmul(self._turned()[:, None], delta)

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import host, patches, rules
+from perjac import compiling, host, rules
 from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.independence import Order
@@ -293,7 +293,7 @@ class Job:
         return [program.specs, payload]
 
     def _for_xla(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
-        with patches.for_xla():
+        with compiling.for_xla():
             return self.body(inputs, payload)
 
     def body(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
