@@ -392,8 +392,9 @@ class Engine(Trust):
         traced, names = self.traces.of(batch, objective)
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
-            traced.check_shapes(head)
-            traced.check_data(head, sources, batch)
+            traced.check_graph(head)
+            traced.check_data(head, batch)
+        traced.check_sources(head, sources)
         chosen = seeds.make(
             asked.get("outputs"),
             asked.get("cotangents"),
@@ -437,6 +438,6 @@ class Engine(Trust):
         traced, names = self.traces.of(batch)
         head = names.head(of)
         if self._check:
-            traced.check_shapes(head)
-            traced.check_data(head, [], batch)
+            traced.check_graph(head)
+            traced.check_data(head, batch)
         return traced, head

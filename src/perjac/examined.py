@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import costs, independence, sites
+from perjac import costs, independence, provenance, sites
 from perjac.chunks import Load
 from perjac.errors import InputError, PathError
 from perjac.inputs import Batch
@@ -46,9 +46,7 @@ class Examined:
     def __init__(self, callee: Callee, program: Program, structure: Any, path: str):
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
-        self._checked: set[str] = set()  # heads whose shapes show no meeting
-        self._probed: set[str] = set()  # tensors that the probe has watched
-        self._order = independence.Order()
+        self._kept_apart: dict[str, str] = {}  # heads whose examples stay apart, and how that is known
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
         self._compact = True
@@ -80,38 +78,70 @@ class Examined:
         """Return an output's type."""
         return self.once(("dtype", head), lambda: self.program.graph.get_tensor_by_name(head).dtype)
 
-    def check_shapes(self, head: str) -> None:
-        """Raise ExamplesMeetError where the trace shows that examples influence one another."""
-        if head not in self._checked:
-            independence.check_shapes(self.program, self._flow, head)
-            self._checked.add(head)
+    def provenance(self, head: str) -> provenance.Provenance:
+        """Return what the graph says of the examples behind an output."""
+        return self.once(("provenance", head), lambda: self._analysed(head))
 
-    def check_data(self, head: str, sources: Sequence[Source], batch: Batch) -> None:
-        """Probe on the data, once, whether examples influence one another.
+    def _analysed(self, head: str) -> provenance.Provenance:
+        program = self.program
+        needed = sites.upstream(program, [head])
+        places = [program.stand_in(s.operation).cotangent for s in self._flow.sites]
+        taps = [t for calls in program.taps.values() for t in calls if t]
+        watched = [*places, *taps]
+        there = [t for t in watched if t.partition(":")[0] in needed]
+        return provenance.analyse(program, self._flow, head, there)
+
+    def order(self, head: str) -> provenance.Order:
+        """Return how the examples behind an output lie in the tensors."""
+        return self.provenance(head).order
+
+    def check_graph(self, head: str) -> None:
+        """Raise ExamplesMeetError where the trace shows that examples influence one another."""
+        if head in self._kept_apart:
+            return
+        found = self.provenance(head)
+        if found.meeting is not None:
+            raise independence.meeting(self.program, *found.meeting)
+        if found.unclear:
+            independence.check_shapes(self.program, self._flow, head)
+        self._kept_apart[head] = "" if found.unclear else "proved"
+
+    def check_data(self, head: str, batch: Batch) -> None:
+        """Probe, once, whether examples influence one another, where the graph does not say.
 
         Raises
         ------
         ExamplesMeetError
             If they do.
-        InputError
-            If a source's tensor does not keep the examples apart along its first axis.
         """
-        asked = {head, *(s.tensor for s in sources if s.tensor)}
-        if batch.size < 2 or asked <= self._probed:
+        if self._kept_apart.get(head) or batch.size < 1:
             return
-        program = self.program
-        needed = sites.upstream(program, [head])
-        places = [program.stand_in(s.operation) for s in self._flow.sites]
-        watched = asked | {p.ordered for p in places if p.cotangent.partition(":")[0] in needed}
-        order = independence.probe(program, self._flow, head, sorted(watched), batch.tensors)
-        astray = [s.key for s in sources if s.tensor in order.inner | order.mixed]
-        if astray:
-            raise InputError(
-                f"The output of layer {astray[0]!r} does not keep the examples apart along its "
-                "first axis, so a derivative with respect to it cannot be given per example."
-            )
-        self._order |= order
-        self._probed |= watched
+        batches = independence.batches_of(batch.tensors)
+        decided = independence.probe(self.program, self._flow, head, batches)
+        self._kept_apart[head] = "probed" if decided else "not decided"
+
+    def check_sources(self, head: str, sources: Sequence[Source]) -> None:
+        """Raise InputError for a hidden layer whose output's rows are not one for each example."""
+        if not any(s.tensor for s in sources):
+            return
+        order = self.order(head)
+        for source in sources:
+            if source.tensor and (source.tensor in order.inner or order.why(source.tensor)):
+                raise InputError(
+                    f"The output of layer {source.key!r} does not keep the examples apart along "
+                    "its first axis, so a derivative with respect to it cannot be given per "
+                    f"example. {order.why(source.tensor)}".strip()
+                )
+
+    def independence(self, head: str) -> str:
+        """Return how it is known that the examples behind an output stay apart, in a few words."""
+        known, found = self._kept_apart.get(head, ""), self.provenance(head)
+        if found.meeting is not None:
+            return "not checked: the graph shows that examples influence one another"
+        if not found.unclear:
+            return "proved from the graph"
+        way = {"probed": "probed on data", "not decided": "not decided by a probe on data"}
+        return f"{way.get(known, 'not proved')}, as the graph does not say: {found.unclear}"
 
     def decisions(self, head: str, weights: Sequence[Source], count: int) -> list[Decision]:
         """Return how each weight goes, for K = count rows.
@@ -123,9 +153,10 @@ class Examined:
         """
         refused = self._why_tape(head)
         made = self.once(
-            ("decisions", head, tuple(weights), count, refused, self._order),
+            ("decisions", head, tuple(weights), count, refused),
             lambda: decide(
-                self.program, self._flow, head, weights, count, refused, self._order, self._compact
+                self.program, self._flow, head, weights, count, refused, self.order(head),
+                self._compact,
             ),
         )
         for decision in made:
@@ -171,7 +202,7 @@ class Examined:
         about = (*(d.source for d in decisions), *others)
         rows = rows_at_once(self.program, count)
         return self.once(
-            ("load", head, about, count, schedule, kept, self._why_tape(head), self._order),
+            ("load", head, about, count, schedule, kept, self._why_tape(head)),
             lambda: Load.of(
                 decisions,
                 others,

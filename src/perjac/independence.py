@@ -1,4 +1,4 @@
-"""Whether examples stay apart: by the shapes in the trace, and by a probe on the data.
+"""Whether examples stay apart: as the graph says, or else by its shapes and a probe on data.
 
 Every per-example derivative here rests on it: one sweep from all outputs together gives each
 example's own cotangents only where no example influences another.
@@ -6,10 +6,9 @@ example's own cotangents only where no example influences another.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -24,23 +23,8 @@ from perjac.trace import Program
 _ALONE = 1e-3
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """How examples lie along the tensors' first axes, where it is not one after another.
-
-    Attributes
-    ----------
-    inner : frozenset of str
-        Tensors (F·B, ...) in which the examples run fastest.
-    mixed : frozenset of str
-        Tensors in which they lie in some other way.
-    """
-
-    inner: frozenset[str] = frozenset()
-    mixed: frozenset[str] = frozenset()
-
-    def __or__(self, other: Order) -> Order:
-        return Order(self.inner | other.inner, self.mixed | other.mixed)
+# Made-up batches that a probe runs beside the user's own.
+_MADE_UP = 3
 
 
 def check_shapes(program: Program, flow: Flow, head: str) -> None:
@@ -71,13 +55,15 @@ def check_shapes(program: Program, flow: Flow, head: str) -> None:
             if t.name in flow.values & used and t.dtype.is_floating and t.shape.is_fully_defined()
         ]
         if lost:
-            raise _meeting(program, lost[0].name, op.type)
+            raise meeting(program, lost[0].name, op.type)
 
 
 def probe(
-    program: Program, flow: Flow, head: str, watched: Sequence[str], inputs: Sequence[tf.Tensor]
-) -> Order:
+    program: Program, flow: Flow, head: str, batches: Iterable[Sequence[tf.Tensor]]
+) -> bool | None:
     """Run two examples, change one or leave it out, and see whether the other's numbers move.
+
+    This is for graphs that do not say whether examples stay apart.
 
     Parameters
     ----------
@@ -85,37 +71,50 @@ def probe(
         The trace.
     head : str
         The output's tensor.
-    watched : sequence of str
-        Tensors in which each example must keep to its own block of rows.
-    inputs : sequence of tf.Tensor
-        Data, at least two examples.
+    batches : iterable of sequences of tf.Tensor
+        Batches of data, on each of which that is tried.
 
     Returns
     -------
-    Order
-        Of the tensors watched. Where the model is random, two runs cannot be compared, and
-        nothing is found out.
+    bool or None
+        True where an example's own numbers moved and the other's never did. None where nothing
+        was decided: nothing moved at all, or two runs differ because the model is random.
 
     Raises
     ------
     ExamplesMeetError
         If an example's output moves with another's input; it names the first tensor that does.
     """
-    watched = list(dict.fromkeys([head, *watched]))
-    pair = _two_different(inputs)
-    *runs, again, alone = _runs(program, watched, pair)
-    if not _same(runs[0][0], again[0]):
-        return Order()
-    found = {name: [run[n] for run in runs] for n, name in enumerate(watched)}
-    astray = [name for name, tensors in found.items() if _leaks(tensors)]
-    if head in astray or _depends_on_size(runs[0][0], alone[0]):
-        raise _meeting(program, *_first_leak(program, flow, head, pair))
-    inner = {name for name in astray if not _leaks([_regrouped(t) for t in found[name]])}
-    return Order(frozenset(inner), frozenset(astray) - inner)
+    run = _runs(program, [head])
+    decided = None
+    for inputs in batches:
+        pair = _two_different(inputs)
+        try:
+            *runs, again, alone = (found for (found,) in run(pair))
+        except tf.errors.OpError:  # the model does not take such data
+            continue
+        if not _same(runs[0], again):
+            return None
+        if _leaks(runs) or _depends_on_size(runs[0], alone):
+            raise meeting(program, *_first_leak(program, flow, head, pair))
+        decided = decided or not _same(runs[1], runs[2]) or None
+    return decided
 
 
-def _runs(program: Program, names: Sequence[str], pair: Sequence[np.ndarray]) -> list[list]:
-    """Return the named tensors for the batches (p, q), (p, p), (q, q), (p, q) again and (p)."""
+def batches_of(inputs: Sequence[tf.Tensor]) -> list[Sequence[tf.Tensor]]:
+    """Return a user's batch, and made-up ones of its shapes and kinds."""
+    made = [
+        [tf.constant(np.stack([_changed(t[0].numpy(), 2 * n + m) for m in (0, 1)])) for t in inputs]
+        for n in range(_MADE_UP)
+    ]
+    return [inputs, *made]
+
+
+Runs = Callable[[Sequence[np.ndarray]], list[list[np.ndarray]]]
+
+
+def _runs(program: Program, names: Sequence[str]) -> Runs:
+    """Return what gives the named tensors for batches (p, q), (p, p), (q, q), (p, q) and (p)."""
 
     @functools.partial(host.compiled, input_signature=[program.specs])
     def run(inputs):
@@ -123,7 +122,7 @@ def _runs(program: Program, names: Sequence[str], pair: Sequence[np.ndarray]) ->
         return [found[name] for name in names]
 
     orders = ([0, 1], [0, 0], [1, 1], [0, 1], [0])
-    return [[t.numpy() for t in run([x[order] for x in pair])] for order in orders]
+    return lambda pair: [[t.numpy() for t in run([x[o] for x in pair])] for o in orders]
 
 
 def _leaks(runs: Sequence[np.ndarray]) -> bool:
@@ -186,14 +185,15 @@ def _first_leak(
         and t.shape.rank is not None
         and (t.shape.rank == 0 or t.shape[0] is None)
     ]
-    *runs, _, alone = _runs(program, [name for name, _ in numeric], pair)
+    *runs, _, alone = _runs(program, [name for name, _ in numeric])(pair)
     for n, named in enumerate(numeric):
         if _leaks([run[n] for run in runs]) or _depends_on_size(runs[0][n], alone[n]):
             return named
     return head, "output"
 
 
-def _meeting(program: Program, tensor: str, kind: str) -> ExamplesMeetError:
+def meeting(program: Program, tensor: str, kind: str) -> ExamplesMeetError:
+    """Return the error that says at which tensor, of what operation, examples meet."""
     scopes = re.sub(r"_\d+(?=/|$)", "", tensor.rpartition("/")[0]).split("/")
     layers = {re.sub(r"_\d+$", "", name): name for name in program.taps}
     layer = next((layers[scope] for scope in reversed(scopes) if scope in layers), None)
@@ -214,19 +214,18 @@ def _two_different(inputs: Sequence[tf.Tensor]) -> list[np.ndarray]:
         first = tensor[0].numpy()
         other = next((t for t in tensor[1:33].numpy() if not np.array_equal(t, first)), None)
         if other is None:
-            other = _changed(first)
+            other = _changed(first, 0)
         pair.append(np.stack([first, other]))
     return pair
 
 
-def _changed(example: np.ndarray) -> np.ndarray:
-    """Return something else of the same kind: noise for floats, another order of the integers."""
+def _changed(example: np.ndarray, seed: int) -> np.ndarray:
+    """Return something else of the same kind: noise for floats, another order of other things."""
+    rng = np.random.default_rng(seed)
     if example.dtype.kind == "f":
-        noise = np.random.default_rng(0).normal(size=example.shape)
+        noise = rng.normal(size=example.shape)
         return (example + 0.1 * (np.std(example) + 1) * noise).astype(example.dtype)
-    # Integers may be places in a table, so only those that occur are safe.
-    return (
-        ~example
-        if example.dtype.kind == "b"
-        else np.roll(example.ravel(), 1).reshape(example.shape)
-    )
+    if example.dtype.kind == "b":
+        return ~example
+    # Integers may be places in a table, and texts words of one, so only those that occur are safe.
+    return np.roll(example.ravel(), 1 + seed).reshape(example.shape)

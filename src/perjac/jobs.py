@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from perjac import progress
 from perjac.chunks import Pace
-from perjac.independence import Order
 from perjac.inputs import Batch
 from perjac.padding import Sizes, first
 from perjac.plan import Decision, Job, route_of
+from perjac.provenance import Order
 from perjac.questions import Question
 from perjac.route import Route
 from perjac.seeds import Seeds

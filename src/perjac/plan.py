@@ -15,9 +15,9 @@ import tensorflow as tf
 from perjac import compiling, host, rules
 from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
-from perjac.independence import Order
 from perjac.layout import Relabelling
 from perjac.pullback import pull_back
+from perjac.provenance import Order
 from perjac.questions import THEMSELVES, Question
 from perjac.roots import ROOTS
 from perjac.route import Route
@@ -87,7 +87,7 @@ def decide(
     refused : str
         Why all of them go to the tape, or nothing.
     order : Order
-        How examples lie in the tensors, as far as the probe has found.
+        How examples lie in the tensors.
     compact : bool
         As in `Job`.
     """
@@ -201,11 +201,11 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
     traced = program.graph.get_operation_by_name(site.operation)
     if not traced.outputs[0].dtype.is_floating:
         raise rules.NoRule(f"its result is of type {traced.outputs[0].dtype.name}")
-    name, ordered = traced.outputs[0].name, program.stand_in(site.operation).ordered
+    name, place = traced.outputs[0].name, program.stand_in(site.operation).cotangent
     if name not in program.extents:
         raise rules.NoRule("its result has no batch axis in front, or an unknown one behind")
-    if ordered in order.mixed:
-        raise rules.NoRule("its rows are not in the order of the examples")
+    if why := order.why(place):
+        raise rules.NoRule(f"how its rows belong to the examples is unclear: {why}")
     for tensor, there in zip(
         [*op.inputs, *op.outputs], [*traced.inputs, *traced.outputs], strict=True
     ):
@@ -218,7 +218,7 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
             raise rules.NoRule("the shape of its parametrisation is unknown")
         layout = Relabelling.of(shape)
     fold = program.extents[name].fold
-    return rules.BoundSite(op, site.operand, layout, fold, batch, ordered in order.inner)
+    return rules.BoundSite(op, site.operand, layout, fold, batch, place in order.inner)
 
 
 class Job:

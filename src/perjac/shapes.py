@@ -75,21 +75,28 @@ class Extent:
     rest: tuple[int, ...]
 
     @classmethod
-    def of(cls, traced: Dims | None, two: Dims | None, three: Dims | None) -> Extent | None:
-        """Return it from the shape with the batch unknown, two, and three."""
+    def of(
+        cls,
+        traced: Dims | None,
+        shapes: tuple[Dims | None, Dims | None],
+        batches: tuple[int, int],
+    ) -> Extent | None:
+        """Return it from the shape with the batch unknown, and with those two sizes of batch."""
+        one, other = shapes
         if traced is None:
-            traced = None if two is None else (None,) * len(two)
+            traced = None if one is None else (None,) * len(one)
         if not traced or traced[0] is not None:
             return None
-        two, three = two or traced, three or traced
+        one, other = one or traced, other or traced
         rest = tuple(
             known if known is not None else (a if a == b else None)
-            for known, a, b in zip(traced[1:], two[1:], three[1:], strict=True)
+            for known, a, b in zip(traced[1:], one[1:], other[1:], strict=True)
         )
         if None in rest:
             return None
         rest = known(rest)
-        if two[0] is None or three[0] is None:  # a loop's result, say: taken to be the batch alone,
-            return cls(1, rest)  # which the probe on the data confirms or not
-        fold = two[0] // 2
-        return cls(fold, rest) if (two[0], three[0]) == (2 * fold, 3 * fold) else None
+        if one[0] is None or other[0] is None:  # a loop's result, say: taken to be the batch alone,
+            return cls(1, rest)  # which the owners of its rows confirm or not
+        fold = one[0] // batches[0]
+        folded = tuple(batch * fold for batch in batches)
+        return cls(fold, rest) if (one[0], other[0]) == folded else None

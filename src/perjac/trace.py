@@ -22,6 +22,11 @@ from perjac.sources import Activation, Weights
 
 Taps = dict[str, list[tf.Tensor]]
 
+# Operands that count places along axes.
+_COUNTS = {"StridedSlice": (1, 2), "Slice": (1, 2), "Roll": (1,)}
+_ENDLESS = 2**31 - 1  # stands for the end of an axis
+_LONGEST_COUNT = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Callee:
@@ -100,6 +105,9 @@ class Program:
     weights: Weights
     stand_ins: dict[str, StandIn] = dataclasses.field(default_factory=dict)
     origin: Program | None = None
+    _sizes: dict[int, dict[str, Dims | None]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @functools.cached_property
     def graph_def(self) -> Any:
@@ -270,11 +278,35 @@ class Program:
         return any("Conv" in kind for kind in kinds | inside)
 
     @functools.cached_property
+    def counted(self) -> int:
+        """The largest number by which the graph itself counts places along an unknown axis.
+
+        A slice `x[:3]` along the batch is another thing for batches of two and of five.
+        """
+        numbers = [0]
+        for op in self.graph.get_operations():
+            for n in _COUNTS.get(op.type, ()):
+                value, shape = tf.get_static_value(op.inputs[n]), op.inputs[0].shape
+                if value is not None and (shape.rank is None or None in shape.as_list()):
+                    numbers += [abs(int(v)) for v in value.ravel() if abs(int(v)) < _ENDLESS]
+        return max(numbers)
+
+    @functools.cached_property
+    def batches(self) -> tuple[int, int]:
+        """Two sizes of batch to look at the graph with, larger than any number it counts by."""
+        least = max(3, min(self.counted, _LONGEST_COUNT))
+        primes = [n for n in range(least + 1, 4 * least) if all(n % m for m in range(2, n))]
+        return primes[0], primes[1]
+
+    @functools.cached_property
     def extents(self) -> dict[str, Extent]:
         """The extent of every tensor that has the batch in front, all other axes known."""
-        two, three = self._sizes
+        one, other = (self.dims(batch) for batch in self.batches)
         traced = {t.name: _dims(t) for op in self.graph.get_operations() for t in op.outputs}
-        found = {name: Extent.of(dims, two[name], three[name]) for name, dims in traced.items()}
+        found = {
+            name: Extent.of(dims, (one[name], other[name]), self.batches)
+            for name, dims in traced.items()
+        }
         return {name: extent for name, extent in found.items() if extent is not None}
 
     @functools.cached_property
@@ -284,23 +316,26 @@ class Program:
         Positions may be folded into that axis.
         """
         found = {}
-        for (name, two), three in zip(self._sizes[0].items(), self._sizes[1].values(), strict=True):
-            if two is None or three is None or len(two) != len(three) or None in two:
+        few, more = self.batches
+        for name, one in self.dims(few).items():
+            other = self.dims(more)[name]
+            if one is None or other is None or len(one) != len(other) or None in one:
                 continue
-            moving = [n for n, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-            if len(moving) == 1 and 3 * (two[moving[0]] or 0) == 2 * (three[moving[0]] or 0):
-                dims = [None if n in moving else d for n, d in enumerate(two)]
+            moving = [n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+            if len(moving) == 1 and more * (one[moving[0]] or 0) == few * (other[moving[0]] or 0):
+                dims = [None if n in moving else d for n, d in enumerate(one)]
                 found[name] = tf.TensorShape(dims)
         return found
 
-    @functools.cached_property
-    def _sizes(self) -> tuple[dict[str, Dims | None], dict[str, Dims | None]]:
-        """Every tensor's shape for batches of two and of three."""
-        two, three = self._shapes(2), self._shapes(3)
-        vague = [name for name, dims in two.items() if dims is None or None in dims]
-        if vague:  # a loop's results, say, and what follows from them
-            two, three = two | self._measured(vague, 2), three | self._measured(vague, 3)
-        return two, three
+    def dims(self, batch: int) -> dict[str, Dims | None]:
+        """Every tensor's shape for a batch of this size: one of `batches`."""
+        if batch not in self._sizes:
+            found = self._shapes(batch)
+            vague = [name for name, dims in found.items() if dims is None or None in dims]
+            if vague:  # a loop's results, say, and what follows from them
+                found |= self._measured(vague, batch)
+            self._sizes[batch] = found
+        return self._sizes[batch]
 
     def _measured(self, names: Sequence[str], batch: int) -> dict[str, Dims | None]:
         """The shapes that tensors have when the model runs on a batch of this size.
@@ -316,7 +351,8 @@ class Program:
             found = self.replay(inputs, {}, names)
             return [tf.shape(found[name]) for name in names]
 
-        fill = [tf.fill([batch, *s.shape[1:]], tf.cast(batch - 2, s.dtype)) for s in self.specs]
+        value = self.batches.index(batch)
+        fill = [tf.fill([batch, *s.shape[1:]], tf.cast(value, s.dtype)) for s in self.specs]
         try:
             shapes = run(fill)
         except tf.errors.OpError:  # the model does not take such data

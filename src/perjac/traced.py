@@ -24,6 +24,7 @@ from perjac.inspection import Plan, Spent
 from perjac.jobs import Asked, Jobs
 from perjac.layout import Relabelling
 from perjac.plan import Decision, Job, targets_of, zero
+from perjac.provenance import Order
 from perjac.questions import THEMSELVES, Question, query
 from perjac.schedules import Schedule, alternatives, rows_at_once
 from perjac.seeds import Seeds
@@ -118,7 +119,6 @@ class Traced(Examined):
         other = copy.copy(self)
         other._compact, other._made = False, {}
         other._jobs, other._alone = Jobs(self.program, compact=False), {}
-        other._probed = set(self._probed)  # each knows the order of what it has probed itself
         return other
 
     def outputs(self, head: str, batch: Batch, memory_limit: int | str | None = None) -> tf.Tensor:
@@ -128,7 +128,7 @@ class Traced(Examined):
         load = Load(1, True, self.footprint(head))
         room = load.room(batch.size, memory_limit)
         asked = Asked(head, (), (), ("all", 1), tf.float32, THEMSELVES)
-        job = self._jobs.of(asked, self._order, Pace(batch.size, load, room, Schedule()))
+        job = self._jobs.of(asked, Order(), Pace(batch.size, load, room, Schedule()))
         runs = load.runs(batch.size, room)
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
@@ -159,7 +159,7 @@ class Traced(Examined):
             For sources that the output does not depend on.
         """
         key = (
-            head, tuple(sources), batch.size, chosen.signature, memory_limit, question, self._order,
+            head, tuple(sources), batch.size, chosen.signature, memory_limit, question,
         )  # fmt: skip
         if (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
@@ -362,7 +362,7 @@ class Traced(Examined):
         asked = Asked(
             task.head, tuple(task.decisions), tensors, signature, task.dtype, task.question
         )
-        return self._jobs.of(asked, self._order, pace)
+        return self._jobs.of(asked, self.order(task.head), pace)
 
     def _tuned(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple[_Task, Trial]:
         """Return a task on the schedule that is the fastest for such a batch, by trial."""

@@ -66,7 +66,7 @@ class Trust:
         traced, names = self.traces.of(batch)
         head = names.head(of)
         if self._check:
-            traced.check_shapes(head)
+            traced.check_graph(head)
         count = size(traced.row_shape(head))
         sources = names.sources("weights")
         chosen = seeds.make(None, None, batch_size, traced.row_shape(head), traced.dtype(head))
@@ -155,7 +155,8 @@ class Trust:
         traced, names = self.traces.of(batch, objective)
         head, sources = names.head(of if objective is None else LOSS), names.sources(wrt)
         if self._check:
-            traced.check_shapes(head)
-            traced.check_data(head, sources, batch)
+            traced.check_graph(head)
+            traced.check_data(head, batch)
+        traced.check_sources(head, sources)
         chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), traced.dtype(head))
         return export.write(path, job, traced, head, sources, batch, chosen)

@@ -1,0 +1,412 @@
+"""A traced graph laid out for one size of batch: every tensor's shape, and what indices hold.
+
+The functions that its loops, branches and calls refer to are laid out along with it. What depends
+on shapes alone is worked out here; nothing of the model is run, and no data is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from perjac import host
+from perjac.owners import Dims, Owners
+from perjac.provenance_rules import INDICES, Unclear
+from perjac.sites import Flow
+from perjac.trace import Program, import_program
+
+# Operations that call functions, and the attributes that name these.
+CALLS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("While", "StatelessWhile"), ("body", "cond")),
+    **dict.fromkeys(("If", "StatelessIf"), ("then_branch", "else_branch")),
+    **dict.fromkeys(("Case", "StatelessCase"), ("branches",)),
+    **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), ("f",)),
+}
+_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
+# As many entries, at most, of which values are read.
+_MOST = 100_000
+
+
+@dataclasses.dataclass
+class Frame:
+    """The operations of a graph or function, for a batch of one size.
+
+    Attributes
+    ----------
+    graph : tf.Graph
+        That they are in.
+    ops : list of tf.Operation
+        Each after what it takes.
+    arguments, results : list of str
+        Of a function.
+    dims : dict of str to tuple
+        Shapes, where they are known; of a list of tensors, an element's.
+    depends, valued : set of str
+        Tensors that depend on the data or on the batch's size; and those on the data itself.
+    fixed : dict of str to callable
+        What gives the value of a placeholder that is always the same.
+    """
+
+    graph: Any
+    ops: list[Any]
+    arguments: list[str]
+    results: list[str]
+    dims: dict[str, Any]
+    depends: set[str]
+    valued: set[str]
+    fixed: Mapping[str, Any]
+    _values: dict[str, np.ndarray | None] = dataclasses.field(default_factory=dict)
+
+    def shape(self, tensor: Any) -> Dims:
+        """Return a shape, all axes known, or raise Unclear."""
+        dims = self.dims.get(tensor.name)
+        if dims is None or None in dims:
+            raise Unclear(f"the shape of {tensor.name} is unknown")
+        return dims
+
+    def rank(self, tensor: Any) -> int:
+        """Return a tensor's rank, or 0 where it is unknown."""
+        dims = self.dims.get(tensor.name)
+        return 0 if dims is None else len(dims)
+
+    def has_rank(self, tensor: Any, rank: int) -> bool:
+        """Tell whether a tensor is known to have this rank."""
+        dims = self.dims.get(tensor.name)
+        return dims is not None and len(dims) == rank
+
+    def known(self, tensor: Any) -> np.ndarray | None:
+        """Return what a tensor holds whatever the data, or None."""
+        if tensor.name not in self._values:
+            self._values[tensor.name] = None  # while it is worked out
+            self._values[tensor.name] = self._worked_out(tensor)
+        return self._values[tensor.name]
+
+    def value(self, tensor: Any) -> np.ndarray:
+        """Return the same, or raise Unclear."""
+        known = self.known(tensor)
+        if known is None:
+            raise Unclear(f"{tensor.name} depends on the data")
+        return known
+
+    def _worked_out(self, tensor: Any) -> np.ndarray | None:
+        if tensor.name in self.fixed:
+            return self.fixed[tensor.name]()
+        op, dims = tensor.op, self.dims.get(tensor.name)
+        if tensor.name not in self.knowable or op.type == "Placeholder":
+            return None
+        if dims is None or None in dims or int(np.prod(dims)) > _MOST:
+            return None
+        if op.type in _SHAPES:
+            given = [self.dims.get(t.name) for t in op.inputs]
+            if any(shape is None or None in shape for shape in given):
+                return None
+            shape = np.array(given[op.outputs.index(tensor)], np.int64)
+            found = {"Size": shape.prod(), "Rank": np.int64(shape.size)}.get(op.type, shape)
+            return np.asarray(found, tensor.dtype.as_numpy_dtype)
+        operands = [self.known(t) for t in op.inputs]
+        if any(operand is None for operand in operands):
+            return None
+        outputs = _run(op, operands)
+        for output, value in zip(op.outputs, outputs, strict=False):
+            self._values[output.name] = value
+        return self._values[tensor.name]
+
+    @functools.cached_property
+    def knowable(self) -> set[str]:
+        """The tensors that are made of constants, of shapes and of what is fixed alone."""
+        found, ragged = set(self.fixed), set()
+        for op in self.ops:
+            names, outputs = [t.name for t in op.inputs], [t.name for t in op.outputs]
+            if op.type in _RAGGED or any(name in ragged for name in names):
+                ragged.update(outputs)
+            elif op.type == "Placeholder" or op.op_def.is_stateful or op.type in CALLS:
+                continue
+            elif op.type in _SHAPES or all(name in found for name in names):
+                found.update(t.name for t in op.outputs if t.dtype not in _HANDLES)
+        return found
+
+    @functools.cached_property
+    def counting(self) -> list[tuple[Any, str]]:
+        """Tensors made of the batch's size that are computed with, and their operations' types."""
+        found = {}
+        for op in self.ops:
+            if all(t.name in self.knowable for t in op.inputs):
+                continue
+            places = _indices(op) if op.type not in _BY_VALUE else []
+            looked_up = {op.inputs[n].name for n in places}
+            for t in op.inputs:
+                if t.name in self.knowable & self.depends and t.name not in looked_up:
+                    found.setdefault(t.name, (t, op.type))
+        return list(found.values())
+
+    @functools.cached_property
+    def inner(self) -> dict[str, list[Frame]]:
+        """The functions that operations call, by the operation's name."""
+        return {op.name: _called(op, self) for op in self.ops if op.type in CALLS}
+
+
+_HANDLES = (tf.resource, tf.variant)
+
+
+def frame(program: Program, flow: Flow, ops: Sequence[Any], batch: int) -> Frame:
+    """Lay a trace out for a size of batch.
+
+    Parameters
+    ----------
+    program, flow : Program, Flow
+        The trace.
+    ops : sequence of tf.Operation
+        Those that matter.
+    batch : int
+        The size.
+    """
+    fixed = {
+        name: functools.partial(_number, outer)
+        for name, outer in program.constants.items()
+        if outer.dtype not in _HANDLES and hasattr(outer, "numpy")
+    }
+    dims = dict(program.dims(batch))
+    _lay_lists(ops, dims)
+    _lay_loops(ops, dims)
+    return Frame(
+        program.graph, list(ops), list(program.inputs), [], dims, flow.data, flow.values, fixed
+    )
+
+
+def _number(tensor: Any) -> np.ndarray | None:
+    return tensor.numpy() if tensor.shape.num_elements() <= _MOST else None
+
+
+def _run(op: Any, operands: Sequence[Any]) -> list[np.ndarray | None]:
+    """Run one operation of the trace by itself."""
+    if op.type == "Const":
+        return [tf.make_ndarray(op.get_attr("value"))]
+    run = getattr(tf.raw_ops, op.type, None)
+    if run is None:
+        return [None] * len(op.outputs)
+    places = iter(operands)
+    arguments: dict[str, Any] = {}
+    inferred = set()
+    # Python calls some operands otherwise than the graph does, in the same order.
+    names = list(inspect.signature(run).parameters)
+    for called, argument in zip(names, op.op_def.input_arg, strict=False):
+        inferred.update((argument.type_attr, argument.number_attr, argument.type_list_attr))
+        if argument.number_attr:
+            count = op.get_attr(argument.number_attr)
+            arguments[called] = [next(places) for _ in range(count)]
+        elif argument.type_list_attr:
+            count = len(op.get_attr(argument.type_list_attr))
+            arguments[called] = [next(places) for _ in range(count)]
+        else:
+            arguments[called] = next(places)
+    for attribute in op.op_def.attr:
+        if attribute.name not in inferred:
+            arguments[attribute.name] = op.get_attr(attribute.name)
+    try:
+        with tf.init_scope(), tf.device("CPU:0"):
+            found = run(**arguments)
+            return [np.asarray(t) for t in (found if isinstance(found, (list, tuple)) else [found])]
+    except (tf.errors.OpError, TypeError, ValueError):
+        return [None] * len(op.outputs)
+
+
+def _called(op: Any, outer: Frame) -> list[Frame]:
+    """Lay out the functions that an operation calls, on the operands that it gets."""
+    operands = list(op.inputs)
+    if "If" in op.type or "Case" in op.type:  # the first one decides
+        operands = operands[1:]
+    functions = []
+    for attribute in CALLS[op.type]:
+        called = op.get_attr(attribute)
+        functions += called if isinstance(called, list) else [called]
+    graphs = [host.function_graph(outer.graph, called.name) for called in functions]
+    staying = set(range(len(operands)))
+    if "While" in op.type:
+        body = graphs[0]
+        staying = {n for n in staying if _origin(body.outputs[n]).name == body.inputs[n].name}
+    return [_function(graph, operands, outer, staying, "While" in op.type) for graph in graphs]
+
+
+def _function(
+    graph: Any, operands: Sequence[Any], outer: Frame, staying: set[int], is_loop: bool
+) -> Frame:
+    arguments = [t.name for t in graph.inputs]
+    results = [t.name for t in graph.outputs]
+    ops = _behind(graph, results)
+    given = [t.name for t in operands]
+    moved = [n for n in range(len(arguments)) if n not in staying]
+    dims = {a: outer.dims.get(name) for a, name in zip(arguments, given, strict=True)}
+    fixed = {
+        a: functools.partial(outer.known, operands[n])
+        for n, a in enumerate(arguments)
+        if n in staying and given[n] in outer.knowable
+    }
+    numbers = {
+        a: value
+        for a, known in fixed.items()
+        if graph.get_tensor_by_name(a).dtype.is_integer and (value := known()) is not None
+    }
+    dims = _inferred(graph, ops, dims, numbers)
+    here = Frame(
+        graph, ops, arguments, results, dims,
+        _spread(ops, arguments, results, given, outer.depends, moved, is_loop),
+        _spread(ops, arguments, results, given, outer.valued, moved, is_loop, True),
+        fixed,
+    )  # fmt: skip
+    branched = [op for op in ops if op.type in _BRANCHES]
+    if not all(_is_whole(dims.get(t.name)) for op in branched for t in op.outputs):
+        for op in branched:  # their results' shapes are those of the functions that they call
+            for t, *ends in zip(op.outputs, *(f.results for f in _called(op, here)), strict=True):
+                shapes = {f.dims.get(n) for f, n in zip(_called(op, here), ends, strict=True)}
+                if len(shapes) == 1 and _is_whole(shape := shapes.pop()):
+                    dims[t.name] = shape
+        here = dataclasses.replace(here, dims=_inferred(graph, ops, dims, numbers), _values={})
+    return here
+
+
+def _inferred(
+    graph: Any, ops: Sequence[Any], dims: dict[str, Any], numbers: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return every tensor's shape in a function, from its arguments', and from known numbers.
+
+    What is read from a list has the shape that was put in, which TensorFlow forgets.
+    """
+    found = dict(dims)
+    for _ in range(3):  # what is put into one list may be read from another
+        _lay_lists(ops, found)
+        known = dict(found)
+        _infer(graph, ops, found, numbers)
+        _lay_lists(ops, found)
+        _lay_loops(ops, found)
+        if known == found:
+            break
+    return found
+
+
+def _infer(
+    graph: Any, ops: Sequence[Any], dims: dict[str, Any], numbers: Mapping[str, np.ndarray]
+) -> None:
+    """Let TensorFlow infer the shapes of a function's tensors, where some are given."""
+    with host.scratch_graph().as_default():
+        feed: dict[str, Any] = {name: tf.constant(value) for name, value in numbers.items()}
+        for op in ops:
+            for t in op.outputs:
+                given = dims.get(t.name)
+                starts = op.type in _STARTS
+                if starts and t.name not in feed and (given is not None or t.dtype in _HANDLES):
+                    shape = t.shape if t.dtype in _HANDLES else given
+                    feed[t.name] = tf.compat.v1.placeholder(t.dtype, shape)
+        names = list(dict.fromkeys(t.name for op in ops for t in op.outputs))
+        names = [name for name in names if name not in feed]
+        try:
+            found = import_program(graph.as_graph_def(), feed, names)
+        except ValueError:  # of shapes that do not fit, as in a branch that is not taken
+            return
+        for name, tensor in found.items():
+            if tensor.dtype not in _HANDLES and tensor.shape.rank is not None:
+                dims[name] = tuple(tensor.shape.as_list())
+
+
+_READS = {"TensorListGetItem", "TensorListPopBack"}
+_BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
+_STARTS = _READS | _BRANCHES | {"Placeholder", "While", "StatelessWhile"}
+
+
+def _lay_lists(ops: Sequence[Any], dims: dict[str, Any]) -> None:
+    """Note the shape of the elements of lists of tensors, and of what is read from them."""
+    for op in ops:
+        if not op.type.startswith(("TensorList", "EmptyTensorList", "Identity")):
+            continue
+        held = [dims.get(t.name) for t in op.inputs]
+        element = None
+        if op.type == "TensorListFromTensor":
+            element = held[0] and held[0][1:]
+        elif op.type == "TensorListSetItem":
+            element = held[2] if _is_whole(held[2]) else held[0]
+        elif op.type == "TensorListPushBack":
+            element = held[1] if _is_whole(held[1]) else held[0]
+        elif op.type in _READS or op.type == "Identity":
+            element = held[0]
+        if not _is_whole(element):
+            continue
+        for t in op.outputs:
+            if t.dtype == tf.variant or op.type in _READS:
+                dims[t.name] = element
+
+
+def _lay_loops(ops: Sequence[Any], dims: dict[str, Any]) -> None:
+    """Take the shape of a loop's results from what it starts with; `_loop` checks that it stays."""
+    for op in ops:
+        if op.type in ("While", "StatelessWhile"):
+            for before, after in zip(op.inputs, op.outputs, strict=True):
+                if not _is_whole(dims.get(after.name)) and _is_whole(dims.get(before.name)):
+                    dims[after.name] = dims[before.name]
+
+
+def _is_whole(dims: Any) -> bool:
+    return dims is not None and None not in dims
+
+
+# Operations whose operands' values rules may look at, but which compute with them.
+_BY_VALUE = {"Mul", "SelectV2"}
+
+
+def _indices(op: Any) -> list[int]:
+    count = len(op.inputs)
+    return [n % count for n in INDICES.get(op.type, ()) if -count <= n < count]
+
+
+# Operations of whose results the data tells the shape.
+_RAGGED = {
+    "BooleanMask", "DynamicPartition", "NonMaxSuppression", "NonMaxSuppressionV2",
+    "NonMaxSuppressionV3", "NonMaxSuppressionV4", "NonMaxSuppressionV5", "RaggedRange",
+    "RaggedGather", "RaggedTensorToSparse", "RaggedTensorToTensor", "SparseCross", "StringSplit",
+    "StringSplitV2", "Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2", "Where",
+}  # fmt: skip
+
+
+def _behind(graph: Any, results: Iterable[str]) -> list[Any]:
+    """Return the operations that a function's results are computed from, in order."""
+    needed: set[str] = set()
+    stack = [graph.get_tensor_by_name(name).op for name in results]
+    while stack:
+        op = stack.pop()
+        if op.name not in needed:
+            needed.add(op.name)
+            stack.extend(t.op for t in op.inputs)
+    return [op for op in graph.get_operations() if op.name in needed]
+
+
+def _origin(tensor: Any) -> Any:
+    while tensor.op.type == "Identity":
+        tensor = tensor.op.inputs[0]
+    return tensor
+
+
+def _spread(
+    ops: Sequence[Any], arguments: Sequence[str], results: Sequence[str], given: Sequence[str],
+    outer: set[str], moved: Sequence[int], is_loop: bool, blind: bool = False,
+) -> set[str]:  # fmt: skip
+    """Return a function's tensors that depend on operands which do outside.
+
+    `blind` says that shapes do not count. A loop's results are its arguments again.
+    """
+    found = {a for a, name in zip(arguments, given, strict=True) if name in outer}
+    while True:
+        for op in ops:
+            if blind and op.type in _SHAPES:
+                continue
+            if any(t.name in found for t in op.inputs):
+                found.update(t.name for t in op.outputs)
+        if not is_loop or len(results) != len(arguments):
+            return found
+        again = {arguments[n] for n in moved if results[n] in found} - found
+        if not again:
+            return found
+        found |= again
