@@ -34,6 +34,16 @@ def operands(op: Any) -> int:
     return op.get_attr(_OPERANDS)
 
 
+def is_carried(op: Any) -> bool:
+    """Tell whether an operation's custom gradient travels with it."""
+    return op.type == "IdentityN" and _OPERANDS in op.node_def.attr
+
+
+def gradient_of(op: Any) -> _Gradient:
+    """Return the custom gradient that an operation carries."""
+    return host.registered_gradient(op.get_attr(_GRADIENT))  # type: ignore[return-value]
+
+
 def carry(node: Any, graph: Any, prefix: str) -> None:
     """Rewrite an IdentityN so that it can be copied.
 
@@ -63,6 +73,8 @@ class _Gradient:
 
     Attributes
     ----------
+    graph : tf.Graph
+        Where it was traced.
     graph_def : GraphDef
         From `dys` and what it closes over to `dxs`.
     dys : list of tf.Tensor or None
@@ -77,6 +89,7 @@ class _Gradient:
         Placeholders for what lies outside of all graphs: variables, constants.
     """
 
+    graph: Any
     graph_def: Any
     dys: list[tf.Tensor | None]
     dxs: list[str | None]
@@ -103,7 +116,7 @@ class _Gradient:
         if len(inside) + len(outside) < len(captured):
             raise ValueError(f"the custom gradient {op.name!r} reaches into several graphs")
         return cls(
-            _free(scratch.as_graph_def()), dys, dxs, [t for t, _ in inside],
+            scratch, _free(scratch.as_graph_def()), dys, dxs, [t for t, _ in inside],
             [n for _, n in inside], outside,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import host
+from perjac.custom_gradients import gradient_of
 from perjac.owners import Dims, Owners
 from perjac.provenance_rules import INDICES, Unclear
 from perjac.sites import Flow
@@ -132,8 +133,8 @@ class Frame:
         return found
 
     @functools.cached_property
-    def counting(self) -> list[tuple[Any, str]]:
-        """Tensors made of the batch's size that are computed with, and their operations' types."""
+    def counting(self) -> list[tuple[Any, Any]]:
+        """Tensors made of the batch's size that are computed with, and the operations that do."""
         found = {}
         for op in self.ops:
             if all(t.name in self.knowable for t in op.inputs):
@@ -142,7 +143,7 @@ class Frame:
             looked_up = {op.inputs[n].name for n in places}
             for t in op.inputs:
                 if t.name in self.knowable & self.depends and t.name not in looked_up:
-                    found.setdefault(t.name, (t, op.type))
+                    found.setdefault(t.name, (t, op))
         return list(found.values())
 
     @functools.cached_property
@@ -268,6 +269,36 @@ def _function(
                     dims[t.name] = shape
         here = dataclasses.replace(here, dims=_inferred(graph, ops, dims, numbers), _values={})
     return here
+
+
+def gradient_frame(op: Any, outer: Frame) -> tuple[Frame, list[str], list[str]]:
+    """Lay out the gradient of an operation that has its own; `custom_gradients` has traced it.
+
+    Returns
+    -------
+    Frame
+        From the cotangents and what is carried along to the gradients; a result that is "" is none.
+    list of str, list of str
+        Its arguments that are the cotangents, and those that are what is carried along.
+    """
+    gradient = gradient_of(op)
+    graph = gradient.graph
+    results = [name or "" for name in gradient.dxs]
+    ops = _behind(graph, [name for name in results if name])
+    cotangents = ["" if t is None else t.name for t in gradient.dys]
+    own = len(gradient.dys)
+    taken = [*op.outputs[:own], *op.inputs[own:]]
+    given = dict(zip([*cotangents, *gradient.names], taken, strict=True))
+    given.pop("", None)
+    dims = {name: outer.dims.get(t.name) for name, t in given.items()}
+    names, outside = list(given), [t.name for t in given.values()]
+    here = Frame(
+        graph, ops, names, results, _inferred(graph, ops, dims, {}),
+        _spread(ops, names, results, outside, outer.depends, [], False),
+        _spread(ops, names, results, outside, outer.valued, [], False, True),
+        {},
+    )  # fmt: skip
+    return here, cotangents, list(gradient.names)
 
 
 def _inferred(

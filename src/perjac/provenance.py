@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac.frames import CALLS, Frame, frame
+from perjac.custom_gradients import is_carried
+from perjac.frames import CALLS, Frame, frame, gradient_frame
+from perjac.host import goes_its_own_way
 from perjac.owners import Owners
 from perjac.provenance_rules import RULES, Found, Unclear
 from perjac.sites import Flow, upstream
@@ -187,7 +189,7 @@ class _Analysis:
     def _counted_in(self) -> tuple[str, str] | None:
         """Return a tensor that brings the number of examples, or their places, into the output."""
         a, _ = self._frames
-        for tensor, kind in a.counting:
+        for tensor, op in a.counting:
             parts = [
                 _by_owner(found.get(tensor.name), here.known(tensor), batch)
                 for (here, batch), found in zip(self._pairs, self._found, strict=True)
@@ -195,13 +197,13 @@ class _Analysis:
             if None in parts or not parts[0] and not parts[1]:
                 continue
             if any(not _same(parts[0][0], part) for each in parts for part in each):  # type: ignore[index]
-                return tensor.name, kind
+                return op.outputs[0].name, op.type
         return None
 
 
 def _is_own(own: Owners, batch: int) -> bool:
     """Tell whether the row of each example belongs to nobody else, as far as is known."""
-    if own.rank == 0:
+    if own.rank == 0 or own.first.shape[0] not in (1, batch):
         return own.is_nobody
     mine = Owners.rows(batch, own.rank)
     return bool((((own.first == mine.first) & (own.last == mine.last)) | (own.last < 0)).all())
@@ -271,6 +273,8 @@ def _behind(op: Any, outs: list[Owners], here: Frame) -> Found:
             raise Unclear(f"what {op.type} calls cannot be looked into")
         if op.type in CALLS:
             found = _FLOW[op.type](op, outs, here)
+        elif op.type == "IdentityN" and goes_its_own_way(op):
+            found = _custom(op, outs, here)
         elif op.type in RULES:
             found = RULES[op.type](op, outs, here)
         else:
@@ -376,6 +380,30 @@ def _called(inside: Frame, outs: Sequence[Owners], operands: Sequence[Any]) -> F
         seeds[result] = own if result not in seeds else seeds[result] | own
     found = owners_behind(inside, seeds)
     return [found.get(argument) for argument, _ in zip(inside.arguments, operands, strict=True)]
+
+
+def _custom(op: Any, outs: list[Owners], here: Frame) -> Found:
+    """Return the owners of what a custom gradient takes: of the values, and of the gradients.
+
+    An example's gradient must be made of its own cotangent and of its own data.
+    """
+    if not is_carried(op):
+        raise Unclear("a custom gradient that cannot be looked into")
+    inside, cotangents, carried = gradient_frame(op, here)
+    outs = outs[: len(cotangents)]
+    seeds: dict[str, Owners] = {}
+    for result, own in zip(inside.results, outs, strict=True):
+        if result:
+            seeds[result] = own if result not in seeds else seeds[result] | own
+    found = owners_behind(inside, seeds)
+    for name, own in zip(cotangents, outs, strict=True):
+        used = found.get(name)
+        if used is not None and (used.unclear or not (used | own).same(own)):
+            whole = [own.whole(0) for own in outs]
+            one = functools.reduce(lambda a, b: a | b, whole)
+            one = dataclasses.replace(one, unclear=used.unclear)
+            return [one.map(lambda a, r=here.rank(t): a.reshape((1,) * r)) for t in op.inputs]
+    return [*outs, *(found.get(name) for name in carried)]
 
 
 _FLOW = {
