@@ -27,7 +27,7 @@ check: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not large"
 
 zoo: lint
-	$(BIN)/python -m pytest -n 2 -m "slow or large" tests/test_zoo.py tests/test_chunks.py
+	$(BIN)/python -m pytest -n 2 -m "slow or large" tests/test_zoo.py tests/test_chunks.py tests/test_random_models.py
 
 .PHONY: lint
 lint: $(VENV)/.test
