@@ -313,6 +313,8 @@ def transposed(r, shape):
 
 def pooled(r, shape):
     rank = len(shape) - 1
+    if rank == 3 and keras.config.floatx() != "float32":
+        return None  # TensorFlow has no kernel
     window = tuple(min(size, 2) for size in shape[:-1])
     kinds = [
         [layers.MaxPooling1D, layers.AveragePooling1D],
