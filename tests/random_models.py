@@ -46,7 +46,7 @@ SHAPES = [
     (4,), (6,), (4, 3), (6, 2), (7, 1), (5, 4), (5, 4, 2), (6, 6, 1), (4, 6, 3), (8, 5, 2),
     (3, 4, 4, 2),
 ]  # fmt: skip
-ALIKE = ("duplicates", "near duplicates", "zeros", "dim", "huge", "normal")
+ALIKE = ("duplicates", "near duplicates", "zeros", "dim", "hardly anything", "huge", "normal")
 ORDERS = ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3], [3, 1, 0, 4, 2])
 FAMILIES = ("any", "ordinary")
 
@@ -94,7 +94,7 @@ def build(seed: int, family: str = "any") -> Example:
         else:
             program, output = _program(r, inputs)
         subject = _subject(kind, inputs, program, output)
-    alike = r.choice(ALIKE if dtype in ("float64", "float32") else ALIKE[:4])
+    alike = r.choice(ALIKE if dtype in ("float64", "float32") else ALIKE[:5])
     return _finished(r, seed, subject, inputs, dtype, floatx, f"{kind} {dtype} {alike}", alike)
 
 
@@ -105,7 +105,7 @@ def _ordinary(r: random.Random, seed: int) -> Example:
         chain, y = grow(r, x, r.randint(1, 3), ordinary)
         chain.steps += [layers.Flatten(), layers.Dense(r.randint(1, 3))]
         model = keras.Sequential([x, *chain.steps])
-    alike = ALIKE[seed % 5]
+    alike = ALIKE[seed % 6]
     about = f"ordinary float32 {alike}"
     return _finished(r, seed, Subject.of(model), [x], "float32", "float32", about, alike)
 
@@ -235,7 +235,7 @@ def _batch(rng: np.random.Generator, x: Any, floatx: str, alike: str) -> np.ndar
     elif alike == "near duplicates":
         batch[1] = batch[0] * (1 + 1e-6)
     elif alike != "normal":
-        batch[:2] *= {"zeros": 0, "dim": 1e-3, "huge": 30}[alike]
+        batch[:2] *= {"zeros": 0, "dim": 1e-3, "hardly anything": 1e-6, "huge": 30}[alike]
     return batch
 
 

@@ -142,8 +142,9 @@ def test_jacobians_agree_with_the_oracle(name, record_property):
 # `make test` takes these, `make zoo` all.
 FLOAT32 = (
     "dense silu", "conv1d causal dilated", "conv2d dilated same", "conv2d grouped",
-    "depthwiseconv2d", "separableconv2d", "conv2dtranspose", "conv3d", "lstm", "gru", "simplernn", "lstm masked",
-    "gru bidirectional concat", "lstm stacked", "timedistributed conv2d", "convlstm1d",
+    "depthwiseconv2d", "separableconv2d", "conv2dtranspose", "conv3d", "lstm", "gru",
+    "simplernn", "lstm masked", "gru bidirectional concat", "lstm stacked",
+    "timedistributed conv2d", "convlstm1d",
     "convlstm2d", "convlstm3d", "layernormalization", "batchnormalization", "groupnormalization",
     "multiheadattention self", "embedding", "einsumdense heads", "prelu", "while over a weight",
     "experts routed", "squeeze-and-excitation",
