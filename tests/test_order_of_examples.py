@@ -17,6 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from models import floats, randomise
 
 import perjac as pj
 from perjac.errors import DisconnectedWarning, ExamplesMeetError, SlowPathWarning
@@ -185,6 +186,79 @@ def forward_mode(x, w, v):
     with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as along:
         y = tf.tanh(x @ w) @ v
     return along.jvp(y)
+
+
+@right(w=(2, 3), v=(3, 2))
+def flow_with_the_determinant_of_its_jacobian(x, w, v):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = x + 0.1 * tf.tanh(x @ w) @ v
+    return tf.linalg.slogdet(tape.batch_jacobian(y, x))[1] - tf.reduce_sum(y**2, 1)
+
+
+@right(w=(2, 3), v=(3, 2))
+def squared_jacobian(x, w, v):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf.tanh(x @ w) @ v
+    return tf.reduce_sum(tape.batch_jacobian(y, x) ** 2, [1, 2])
+
+
+@right(w=(2, 3), v=(3, 1))
+def hessian_by_rows(x, w, v):
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            u = tf.tanh(x @ w) @ v
+        slope = inner.gradient(u, x)
+        parts = tf.unstack(slope, axis=1)
+    return tf.stack([outer.gradient(part, x) for part in parts], 1)
+
+
+# The same in Keras models.
+
+
+class Physics(keras.Model):
+    """The residual of a differential equation, for a network within."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.net = keras.Sequential(
+            [keras.Input((2,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(2)]
+        )
+        self.way = way
+
+    def call(self, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self.net(x)
+        if self.way == "divergence":
+            return tf.linalg.trace(tape.batch_jacobian(y, x))[:, None]
+        if self.way == "jacobian":
+            return tape.batch_jacobian(y, x)
+        return tape.gradient(y, x) @ tf.constant([[0.0, 1.0], [-1.0, 0.0]], x.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("way", ["divergence", "jacobian", "hamiltonian"])
+def test_models_that_differentiate_are_right_in_any_order(way, dtype):
+    with floats(dtype):
+        model = Physics(way)
+        x = np.random.default_rng(0).normal(size=(B, 2)).astype(dtype)
+        x[1] = np.nextafter(x[0], np.asarray(9, dtype))
+        model(tf.constant(x))
+    randomise(model.weights)
+    wanted = oracle.weight_rows(model, x, model.trainable_variables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DisconnectedWarning)
+        engine = pj.Engine(model)
+        for order in ORDERS:
+            jac = engine.jacobian(x[order])
+            found = [np.asarray(jac[v]).reshape(w.shape) for v, w in
+                     zip(model.trainable_variables, wanted, strict=True)]  # fmt: skip
+            oracle.assert_agree(found, [w[order] for w in wanted], dtype, jac)
 
 
 # A grid beside the examples.
@@ -442,6 +516,37 @@ def loop_until_every_example_is_done(x, w):
         return (n < 20) & tf.reduce_any(tf.reduce_sum(y**2, -1) > 0.05)
 
     return tf.while_loop(going, step, (0, x))[1]
+
+
+@right(x=(4, 2), w=(2, 3), u=(3, 3))
+def scan_of_keras(x, w, u):
+    def step(h, one):
+        h = tf.tanh(one @ w + h @ u)
+        return h, h
+
+    start = tf.zeros([tf.shape(x)[0], 3], x.dtype)
+    _, steps = keras.ops.scan(step, start, tf.transpose(x, [1, 0, 2]))
+    return tf.reduce_sum(steps, 0)
+
+
+@right(x=(4, 2), w=(2, 3))
+def associative_scan_of_keras(x, w):
+    gates = tf.sigmoid(tf.reshape(tf.reshape(x, [-1, 2]) @ w, [-1, 4, 3]))
+
+    def joined(a, b):
+        return a[0] * b[0], a[1] * b[0] + b[1]
+
+    return keras.ops.associative_scan(joined, (gates, tf.tanh(gates)), axis=1)[1][:, -1]
+
+
+@right(w=(2, 3), v=(3, 2))
+def map_of_keras(x, w, v):
+    return keras.ops.map(lambda row: (tf.tanh(row[None] @ w) @ v)[0], x)
+
+
+@right(w=(2, 3), v=(3, 2))
+def vectorized_map_of_keras(x, w, v):
+    return keras.ops.vectorized_map(lambda row: (tf.tanh(row[None] @ w) @ v)[0], x)
 
 
 # Images.
