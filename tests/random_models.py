@@ -373,7 +373,7 @@ def _first_line(failure: BaseException) -> str:
 
 
 def outcomes(
-    seeds: Iterable[int], family: str = "any", limit: float = 30, chunk: int = 10
+    seeds: Iterable[int], family: str = "any", limit: float = 120, chunk: int = 10
 ) -> Iterator[Outcome]:
     """Check seeds in processes of their own, a new one for each chunk, and after each crash."""
     waiting = list(seeds)
@@ -398,7 +398,8 @@ def outcomes(
         left = [seed for seed in asked if seed not in done]
         if left:
             last = [line for line in complaints.splitlines() if line.strip()][-3:]
-            yield Outcome(left[0], "crash", detail=" | ".join(last)[-600:])
+            status = f"exit status {process.returncode}: "
+            yield Outcome(left[0], "crash", detail=status + " | ".join(last)[-600:])
         waiting = left[1:] + waiting[chunk:]
 
 
