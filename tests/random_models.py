@@ -16,6 +16,8 @@ import pathlib
 import random
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -380,24 +382,24 @@ def outcomes(
     while waiting:
         asked, done = waiting[:chunk], set()
         command = [sys.executable, __file__, "--family", family, "--here", *map(str, asked)]
-        # A loop that hangs is a crash too, hence the limit for the chunk.
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        with tempfile.TemporaryFile("w+") as complaints, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=complaints, text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         ) as process:  # fmt: skip
-            try:
-                said, complaints = process.communicate(timeout=60 + limit * len(asked))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                said, complaints = process.communicate()
-        for line in said.splitlines():
-            if line.startswith('{"seed"'):
-                outcome = Outcome(**json.loads(line))
-                done.add(outcome.seed)
-                yield outcome
+            # A loop that hangs is a crash too.
+            timer = threading.Timer(limit * len(asked), process.kill)
+            timer.start()
+            for line in process.stdout or ():
+                if line.startswith('{"seed"'):
+                    outcome = Outcome(**json.loads(line))
+                    done.add(outcome.seed)
+                    yield outcome
+            process.wait()
+            timer.cancel()
+            complaints.seek(0)
+            last = [line.strip() for line in complaints if line.strip()][-3:]
         left = [seed for seed in asked if seed not in done]
         if left:
-            last = [line for line in complaints.splitlines() if line.strip()][-3:]
             status = f"exit status {process.returncode}: "
             yield Outcome(left[0], "crash", detail=status + " | ".join(last)[-600:])
         waiting = left[1:] + waiting[chunk:]
