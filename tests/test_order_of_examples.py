@@ -9,6 +9,7 @@ good there, a wrong number is not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -259,6 +260,41 @@ def test_models_that_differentiate_are_right_in_any_order(way, dtype):
             found = [np.asarray(jac[v]).reshape(w.shape) for v, w in
                      zip(model.trainable_variables, wanted, strict=True)]  # fmt: skip
             oracle.assert_agree(found, [w[order] for w in wanted], dtype, jac)
+
+
+# What a layer sees may be the same whatever the data: then no data shows the order there.
+NOTHING = {
+    "normalised away": lambda x: keras.layers.LayerNormalization(axis=-1)(x),
+    "zeros": lambda x: keras.ops.zeros_like(x),
+    "positions alone": lambda x: keras.ops.zeros_like(x) + np.arange(4.0)[:, None],
+    "dead units": lambda x: keras.ops.relu(-keras.ops.square(x) - 1) + 1,
+}
+SEEING = {
+    "lstm": lambda: keras.layers.LSTM(2),
+    "gru": lambda: keras.layers.GRU(2, return_sequences=True),
+    "simplernn": lambda: keras.layers.SimpleRNN(2),
+    "bidirectional": lambda: keras.layers.Bidirectional(keras.layers.SimpleRNN(2)),
+    "dilated": lambda: keras.layers.Conv1D(2, 2, dilation_rate=2, padding="causal"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", SEEING)
+@pytest.mark.parametrize("nothing", NOTHING)
+def test_layers_that_see_the_same_for_all_data_are_right_in_any_order(nothing, layer):
+    with floats("float64"):
+        x = keras.Input((4, 1))
+        flat = keras.layers.Flatten()
+        seen = keras.layers.Dense(2, "tanh")(flat(SEEING[layer]()(NOTHING[nothing](x))))
+        model = keras.Model(x, seen * keras.layers.Dense(2)(flat(x)))
+    randomise(model.weights)
+    x = np.random.default_rng(0).normal(size=(B, 4, 1))
+    call = functools.partial(model, training=False)
+    wanted = oracle.weight_rows(call, x, model.trainable_variables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DisconnectedWarning)
+        jac = pj.Engine(model, jit=False).jacobian(x)
+    oracle.assert_agree([jac[v] for v in model.trainable_variables], wanted, "float64", jac)
 
 
 # A grid beside the examples.
