@@ -10,7 +10,8 @@ help:
 	@echo "make demo    train a small net on real digits and write demo-out/report.html"
 	@echo "make test    format check, lint, types and the whole test suite"
 	@echo "make check   the quick part of it, under three minutes"
-	@echo "make zoo     every model of the zoo, the large ones too, and peak memory; writes docs/coverage.md"
+	@echo "make zoo     every model of the zoo, the large ones and float32 too, 500 random models and peak"
+	@echo "             memory; writes docs/coverage.md"
 	@echo "make peers   the environments that other libraries run in under make bench: 6 GB, once"
 	@echo "make bench   perjac beside the other libraries that are there, in one run; writes"
 	@echo "             docs/performance.md, as do the next two"
@@ -27,7 +28,7 @@ check: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not large"
 
 zoo: lint
-	$(BIN)/python -m pytest -n 2 -m "slow or large" tests/test_zoo.py tests/test_chunks.py
+	$(BIN)/python -m pytest -n 2 -m "slow or large" tests/test_zoo.py tests/test_chunks.py tests/test_random_models.py
 
 .PHONY: lint
 lint: $(VENV)/.test

@@ -29,6 +29,13 @@ def hidden_rows(call: Callable, x: Any, outputs=None) -> list[np.ndarray]:
     return [rows[:, :, 0] for rows in _rows(call, x, outputs)]
 
 
+def all_rows(call: Callable, x: Any, weights: Sequence) -> tuple[list, list]:
+    """Return what `weight_rows` and `input_rows` do, in half the time."""
+    graph = tf.function(call, autograph=False)
+    rows = _rows(lambda one: (graph(one), [*weights, *_floats(one)]), x, None)
+    return rows[: len(weights)], [of_input[:, :, 0] for of_input in rows[len(weights) :]]
+
+
 def loss_rows(call: Callable, loss: Callable, x: Any, y: Any, weights: Sequence | None = None):
     """Return each example's loss, (B,), and its gradient by each weight, (B, *shape).
 
