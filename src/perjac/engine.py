@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
+from perjac.added_losses import LOSS
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
@@ -20,7 +21,7 @@ from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
 from perjac.sources import Source
 from perjac.traced import Traced
-from perjac.traces import LOSS, Traces
+from perjac.traces import Traces
 from perjac.trust import Trust
 
 _OPTIONS = {
@@ -220,7 +221,8 @@ class Engine(Trust):
         loss : keras.Loss, str, callable, or a dict or list of these, optional
             A Keras loss or its name; a callable (y, output) -> (B,), which gets the outputs of a
             model with several as the model returns them; one for each output, by name or in order.
-            By default the loss that the model was compiled with.
+            By default the loss that the model was compiled with, and what its layers add to it
+            (`add_loss`, activity regularisers); a loss that is given is the whole loss.
         wrt : as in `jacobian`
             "weights" by default.
         sample_weight : array (B,) or (B, positions), or a list or dict of these, optional
@@ -250,6 +252,8 @@ class Engine(Trust):
         The loss of an example is what Keras computes for a batch of that example alone: losses of
         several positions are averaged, or added up for reduction "sum" or None, and positions
         that the model masks do not count. Weight regularisers are no example's, and are left out.
+        What layers add is what they would add for the example alone; `sample_weight`,
+        `class_weight` and `loss_weights` do not multiply it, as in Keras.
         Losses are computed in the outputs' type, in float32 at least.
 
         Examples

@@ -264,8 +264,15 @@ def _vectorised_matmul(asked: Any) -> Any:
     return pfor.wrap(tf.squeeze(product, 1) if risky else product, True)
 
 
+def _vectorised_l2_loss(asked: Any) -> Any:
+    """Return what a vectorised map makes of L2Loss, which TensorFlow 2.21 has nothing for."""
+    x = asked.stacked_input(0)
+    return pfor.wrap(tf.reduce_sum(x * x, list(range(1, x.shape.rank))) / 2, True)
+
+
 # `pfor._pfor_converter_registry` (since TensorFlow 1.13): `RegisterPFor` refuses to replace one.
 pfor._pfor_converter_registry["BatchMatMulV2"] = _vectorised_matmul
+pfor._pfor_converter_registry.setdefault("L2Loss", _vectorised_l2_loss)
 
 
 def goes_its_own_way(operation: Any) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from perjac.added_losses import BEHIND
+from perjac.compiled_loss import CompiledLoss
 from perjac.errors import LossWarning, warn
 from perjac.inputs import Batch
-from perjac.losses import Objective, compiled
-from perjac.traces import BEHIND, Traces
+from perjac.losses import Objective
+from perjac.traces import Traces
 
 # Examples whose outputs are looked at, to tell whether they are what the loss takes them for.
 _FEW = 32
@@ -35,9 +37,9 @@ class Objectives:
     ) -> Objective:
         """Return the objective of a loss, the compiled one for None; the same for equal ones."""
         if loss is None:
-            loss, weights = compiled(self._model)
-            loss_weights = weights if loss_weights is None else loss_weights
-        new = Objective(loss, loss_weights, class_weight)
+            new: Objective = CompiledLoss(self._model, loss_weights, class_weight)
+        else:
+            new = Objective(loss, loss_weights, class_weight)
         return self._known.setdefault(new.key, new)
 
     def check(

@@ -6,12 +6,13 @@ import pathlib
 from typing import Any
 
 from perjac import export, inputs, seeds
+from perjac.added_losses import LOSS
 from perjac.errors import InputError, check_counts, check_one_of
 from perjac.inspection import Inspection
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.shapes import size
-from perjac.traces import LOSS, Traces
+from perjac.traces import Traces
 from perjac.verification import Verification, verify
 
 
