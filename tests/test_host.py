@@ -148,3 +148,8 @@ def test_vectorised_products_are_right_for_one_example(batch, known, second):
 
     right = np.matmul(x.astype(float), np.swapaxes(y, -1, -2) if second else y)
     np.testing.assert_allclose(products(x, y), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_vectorised_map_has_l2_loss():
+    x = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_allclose(tf.vectorized_map(tf.nn.l2_loss, x), [2.5, 12.5])

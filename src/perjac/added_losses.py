@@ -9,12 +9,12 @@ trace that cannot be cut so is made again with the model called once for each ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from perjac import sites
+from perjac import captured_rows, sites
 from perjac import trace as tracing
 from perjac.errors import InputError
 from perjac.flatten import CALLS
@@ -134,7 +134,7 @@ def _with(callee: Callee, objective: Objective, more: Callable[[Any], Any]) -> C
         outputs = callee.function(x)
         added = more(x)
         heads = callee.heads(outputs)
-        loss = objective(outputs, heads, y, sample_weight)
+        loss = _unmixed(objective, outputs, heads, y, sample_weight)
         found = {BEHIND.format(name): head for name, head in heads.items()}
         if isinstance(added, dict):
             found |= added
@@ -145,6 +145,23 @@ def _with(callee: Callee, objective: Objective, more: Callable[[Any], Any]) -> C
         return found if loss is None else {LOSS: loss} | found
 
     return Callee(losses, callee.model)
+
+
+def _unmixed(
+    objective: Objective, outputs: Any, heads: Mapping[str, tf.Tensor], y: Any, sample_weight: Any
+) -> tf.Tensor | None:
+    """Return the losses (B,), made of nothing that is of one batch alone."""
+    if tf.executing_eagerly():
+        return objective(outputs, heads, y, sample_weight)
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    loss = objective(outputs, heads, y, sample_weight)
+    data = [t for t in tf.nest.flatten((dict(heads), y, sample_weight)) if tf.is_tensor(t)]
+    if all(t.shape[0] is None for t in data):
+        captured_rows.check(graph.get_operations()[before:], data, objective.name)
+        if loss is not None and loss.shape[0] not in (None, 1):
+            raise captured_rows.refusal(objective.name, loss.shape[0])
+    return loss
 
 
 def _added(model: Any) -> dict[str, tf.Tensor]:

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from perjac import host
+from perjac import closures, host
 from perjac.errors import ExamplesMeetError, InputError, OutOfRangeError, UnknownNameError, nearest
 from perjac.precision import at_least_float32
 from perjac.reduction import reduced
@@ -128,6 +128,12 @@ class Objective:
         ]
         widest = max((losses.dtype for losses in each), key=lambda dtype: dtype.size)
         return tf.add_n([tf.cast(losses, widest) for losses in each])
+
+    @property
+    def name(self) -> str:
+        """The loss as a user calls it."""
+        losses = tf.nest.flatten(self._loss) if is_nested(self._loss) else [self._loss]
+        return ", ".join(loss if isinstance(loss, str) else _name(loss) for loss in losses)
 
     def check_labels(self, y: Any) -> None:
         """Raise for labels that are numbers of classes that the outputs do not have."""
@@ -373,6 +379,7 @@ def _classes(given: Mapping[int, float] | None) -> dict[int, float]:
 
 
 def is_nested(loss: Any) -> bool:
+    """Tell whether it is a loss for each output."""
     return isinstance(loss, (list, tuple)) or (
         isinstance(loss, Mapping) and "class_name" not in loss
     )
@@ -407,14 +414,13 @@ def _identity(loss: Any) -> Any:
             "Expected loss= as a Keras loss, its name, or a callable (y, output) -> (B,). "
             f"Received: {loss!r}."
         )
-    if loss is None or not hasattr(loss, "fn"):
+    if loss is None or isinstance(loss, str):
         return loss
+    if not hasattr(loss, "fn"):
+        return closures.identity(loss)
     # Not by its configuration, which may lack an option, as Huber's lacks delta in Keras 3.15.
-    try:
-        options = json.dumps(host.loss_options(loss), sort_keys=True)
-    except TypeError:  # arrays, say
-        return loss
-    return type(loss), loss.fn, loss.reduction, options
+    options = closures.identity(host.loss_options(loss))
+    return type(loss), closures.identity(loss.fn), loss.reduction, options
 
 
 def _shapes(y: Any) -> str:
