@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, inputs, memory, seeds
+from perjac import binding, inputs, inside, laid, memory, seeds
 from perjac.added_losses import LOSS
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
@@ -393,6 +393,8 @@ class Engine(Trust):
         **asked: Any,
     ) -> tuple[tf.Tensor, dict[str, Any], list[Source], tuple[int, ...]]:
         """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
+        if inside.is_inside():
+            return laid.derived(self, batch, objective, of, wrt, question, asked)
         traced, names = self.traces.of(batch, objective)
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
@@ -427,6 +429,8 @@ class Engine(Trust):
         return self._outputs(self.traces.prepare(x), of)
 
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
+        if inside.is_inside():
+            inside.check(batch)
         traced, names = self.traces.of(batch)
         return traced.outputs(names.head(of), batch, self.memory_limit)
 

@@ -19,6 +19,7 @@ from perjac.flatten import CALLS, canonical, is_for_xla
 from perjac.loops import LOOPS, StandIn
 from perjac.shapes import Dims, Extent
 from perjac.sources import Activation, Weights
+from perjac.watching import watching_calls
 
 Taps = dict[str, list[tf.Tensor]]
 
@@ -49,7 +50,7 @@ class Callee:
 
         if self.model is None:
             return self.heads(self.function(inputs)), taps
-        with host.watching_calls(self.model, seen):
+        with watching_calls(self.model, seen):
             outputs = self.function(inputs)
         return self.heads(outputs), taps
 
@@ -296,11 +297,12 @@ class Program:
     @functools.cached_property
     def _sizes(self) -> tuple[dict[str, Dims | None], dict[str, Dims | None]]:
         """Every tensor's shape for batches of two and of three."""
-        two, three = self._shapes(2), self._shapes(3)
-        vague = [name for name, dims in two.items() if dims is None or None in dims]
-        if vague:  # a loop's results, say, and what follows from them
-            two, three = two | self._measured(vague, 2), three | self._measured(vague, 3)
-        return two, three
+        with host.lifted():  # where a function is being traced there are no numbers
+            two, three = self._shapes(2), self._shapes(3)
+            vague = [name for name, dims in two.items() if dims is None or None in dims]
+            if vague:  # a loop's results, say, and what follows from them
+                two, three = two | self._measured(vague, 2), three | self._measured(vague, 3)
+            return two, three
 
     def _measured(self, names: Sequence[str], batch: int) -> dict[str, Dims | None]:
         """The shapes that tensors have when the model runs on a batch of this size.

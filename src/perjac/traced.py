@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import device, host, memory
+from perjac import device, host, inside, memory
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -48,6 +48,10 @@ def _failing(last: bool) -> Iterator[None]:
         if last:
             raise
         raise _Failed from failure
+
+
+def _sealing(tape: Tape) -> Callable[..., Any]:
+    return lambda inputs, seeds: inside.sealed(tape(inputs, seeds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Traced(Examined):
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
         parts = [job.run(part.tensors, nothing)[0] for part in batches]
-        return joined(parts)
+        return inside.sealed(joined(parts)) if host.is_watched() else joined(parts)
 
     def answers(
         self,
@@ -166,7 +170,8 @@ class Traced(Examined):
                 output, answers, fine = self._jobs.run(known, batch, chosen)
                 self._check_finite(batch, fine)
                 return output, {s.key: answers[s.key] for s in sources}
-        task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
+        with host.lifted():  # what is found out about the graph is no part of a user's
+            task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
         if batch.size == 0 or chosen.count == 0:
             answers = question({s.key: nothing(s) for s in sources})
@@ -190,9 +195,10 @@ class Traced(Examined):
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
+                taking = tape if not host.is_watched() else _sealing(tape)
                 explicit = {
                     source.key: Explicit(Relabelling.of(source.shape), rows).cast(task.dtype)
-                    for source, rows in zip(taped, tape(part.tensors, seeds), strict=True)
+                    for source, rows in zip(taped, taking(part.tensors, seeds), strict=True)
                 }
                 answers |= query(question)(explicit)
                 lost.update(tape.disconnected)
@@ -362,7 +368,8 @@ class Traced(Examined):
         asked = Asked(
             task.head, tuple(task.decisions), tensors, signature, task.dtype, task.question
         )
-        return self._jobs.of(asked, self._order, pace)
+        with host.lifted():
+            return self._jobs.of(asked, self._order, pace)
 
     def _tuned(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple[_Task, Trial]:
         """Return a task on the schedule that is the fastest for such a batch, by trial."""
@@ -416,6 +423,8 @@ class Traced(Examined):
 
     def _check_finite(self, batch: Batch, fine: tf.Tensor) -> None:
         """Raise for an input or a variable that is not finite, where a sum over one was not."""
+        if inside.is_inside():
+            return
         finite = fine.numpy()
         if finite.all():
             return

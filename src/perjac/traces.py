@@ -91,7 +91,7 @@ class Traces:
         """Return the trace for such a batch: of the model, or of the loss of (x, y, weights)."""
         key = (batch.signature, objective and objective.key)
         if key not in self._made:
-            with progress.doing("tracing the model"):
+            with host.lifted(), progress.doing("tracing the model"):
                 found = self._traced(batch, objective)
                 program = normalise(found.program)
             names = batch.names[: batch.inputs]
