@@ -17,7 +17,6 @@ from perjac.gradients import Gradients
 from perjac.jacobian import Jacobian
 from perjac.losses import Objective
 from perjac.objectives import Objectives
-from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
 from perjac.sources import Source
 from perjac.traced import Traced
@@ -183,6 +182,10 @@ class Engine(Trust):
         -----
         The first call with a new shape of example traces the model and compiles; later calls
         with the same shapes, whatever the batch size, do not.
+
+        Inside a `tf.function`, `Dataset.map` or loop, the batch size must be known. What needs
+        numbers is done while it is traced, on made-up examples: NaN and labels that there are
+        not are not looked for, and results cannot be differentiated again.
         """
         batch = self.traces.prepare(x)
         result, factors, sources, row_shape = self._derived(
@@ -266,7 +269,7 @@ class Engine(Trust):
         (TensorShape([5]), TensorShape([4, 3]))
         """
         objective = self._objectives.of(loss, loss_weights, class_weight)
-        batch = self._labelled(x, y, objective, sample_weight)
+        batch = self._objectives.labelled(objective, x, y, sample_weight)
         losses, factors, sources, _ = self._derived(batch, objective, LOSS, wrt)
         return Gradients(
             factors,
@@ -346,6 +349,7 @@ class Engine(Trust):
         Martens 2020, New insights and perspectives on the natural gradient method; Kunstner et al.
         2019, Limitations of the empirical Fisher approximation.
         """
+        inside.refuse("fisher()")
         known_variance = 1.0 if variance == "fitted" else variance
         how = Root(self, kind, likelihood, known_variance, loss, samples, seed, wrt, of)  # type: ignore[arg-type]
         return Fisher(how, data, reduction, variance)
@@ -372,16 +376,8 @@ class Engine(Trust):
         if "y" not in asked:
             return self._derived(self.traces.prepare(x), None, of, wrt, question, **asked)[1]
         objective = self._objectives.of(asked["loss"], None, None)
-        batch = self._labelled(x, asked["y"], objective, None)
+        batch = self._objectives.labelled(objective, x, asked["y"], None)
         return self._derived(batch, objective, LOSS, wrt, question)[1]
-
-    def _labelled(self, x: Any, y: Any, objective: Objective, sample_weight: Any) -> inputs.Batch:
-        """Return a batch of examples with their labels."""
-        given = self.traces.prepare(x)
-        wide = at_least_float32(self.traces.floating)
-        batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
-        self._objectives.check(objective, batch)
-        return batch
 
     def _derived(
         self,
@@ -429,8 +425,6 @@ class Engine(Trust):
         return self._outputs(self.traces.prepare(x), of)
 
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
-        if inside.is_inside():
-            inside.check(batch)
         traced, names = self.traces.of(batch)
         return traced.outputs(names.head(of), batch, self.memory_limit)
 
@@ -442,6 +436,8 @@ class Engine(Trust):
         ExamplesMeetError
             If they are not.
         """
+        if inside.is_inside():
+            return laid.checked(self, batch, of)
         traced, names = self.traces.of(batch)
         head = names.head(of)
         if self._check:

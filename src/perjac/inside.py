@@ -8,6 +8,7 @@ settled is then laid into the function.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,12 +20,18 @@ from perjac import compiling, host
 from perjac.errors import InsideError, PerjacError
 from perjac.inputs import Batch
 
+_rehearsing = contextvars.ContextVar("rehearsing", default=False)
 _OUTSIDE = "Call the engine outside of the function and hand its results in"
 
 
 def is_inside() -> bool:
     """Tell whether a function is being traced."""
     return not tf.executing_eagerly()
+
+
+def is_rehearsing() -> bool:
+    """Tell whether made-up examples are tried, of which failing proves nothing."""
+    return _rehearsing.get()
 
 
 def check(batch: Batch) -> None:
@@ -100,6 +107,7 @@ def outside(doing: str) -> Iterator[None]:
     InsideError
         If the model does not take those.
     """
+    token = _rehearsing.set(True)
     try:
         with host.lifted():
             yield
@@ -113,6 +121,8 @@ def outside(doing: str) -> Iterator[None]:
             "engine once outside, on examples of the same shapes and number; inside it then "
             "does the same."
         ) from failure
+    finally:
+        _rehearsing.reset(token)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ from perjac import inside
 from perjac.added_losses import BEHIND
 from perjac.compiled_loss import CompiledLoss
 from perjac.errors import LossWarning, warn
-from perjac.inputs import Batch
+from perjac.inputs import Batch, beside
 from perjac.losses import Objective
+from perjac.precision import at_least_float32
 from perjac.traces import Traces
 
 # Examples whose outputs are looked at, to tell whether they are what the loss takes them for.
@@ -42,6 +43,13 @@ class Objectives:
         else:
             new = Objective(loss, loss_weights, class_weight)
         return self._known.setdefault(new.key, new)
+
+    def labelled(self, objective: Objective, x: Any, y: Any, sample_weight: Any) -> Batch:
+        """Return a batch of examples with their labels, checked."""
+        given, wide = self._traces.prepare(x), at_least_float32(self._traces.floating)
+        batch = beside(given, wide, y=y, sample_weight=sample_weight)
+        self.check(objective, batch)
+        return batch
 
     def check(
         self,

@@ -162,9 +162,7 @@ class Traced(Examined):
         DisconnectedWarning
             For sources that the output does not depend on.
         """
-        key = (
-            head, tuple(sources), batch.size, chosen.signature, memory_limit, question, self._order,
-        )  # fmt: skip
+        key = self._key(head, sources, batch, chosen, memory_limit, question)
         if (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
@@ -181,7 +179,7 @@ class Traced(Examined):
             f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
             "Give fewer examples at a time, or choose outputs=.",
         )  # fmt: skip
-        last = self._path == "factored" or taped == list(sources)
+        last = self._path == "factored" or taped == list(sources) or inside.is_rehearsing()
         outputs: list[tf.Tensor] = []
         lost: set[Source] = set()
 
@@ -220,6 +218,13 @@ class Traced(Examined):
         elif not taped and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
             self._alone[key] = self._job(task, chosen.signature, batch.size)
         return joined(outputs), {s.key: answers[s.key] for s in sources}
+
+    def is_settled(self, *asked: Any) -> bool:
+        """Tell whether one job has answered what `answers` is asked, and will again."""
+        return self._key(*asked) in self._alone
+
+    def _key(self, head: str, sources: Any, batch: Batch, chosen: Seeds, *asked: Any) -> tuple:
+        return head, tuple(sources), batch.size, chosen.signature, asked, self._order
 
     def _task(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import added_losses, binding, host, inputs, progress
+from perjac import added_losses, binding, host, inputs, inside, progress
 from perjac import trace as tracing
 from perjac.added_losses import LOSS, Behind
 from perjac.compiling import compiles_whole
@@ -89,6 +89,8 @@ class Traces:
 
     def of(self, batch: inputs.Batch, objective: Objective | None = None) -> tuple[Traced, Names]:
         """Return the trace for such a batch: of the model, or of the loss of (x, y, weights)."""
+        if inside.is_inside():
+            inside.check(batch)
         key = (batch.signature, objective and objective.key)
         if key not in self._made:
             with host.lifted(), progress.doing("tracing the model"):
