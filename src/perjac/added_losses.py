@@ -159,8 +159,9 @@ def _unmixed(
     data = [t for t in tf.nest.flatten((dict(heads), y, sample_weight)) if tf.is_tensor(t)]
     if all(t.shape[0] is None for t in data):
         captured_rows.check(graph.get_operations()[before:], data, objective.name)
-        if loss is not None and loss.shape[0] not in (None, 1):
-            raise captured_rows.refusal(objective.name, loss.shape[0])
+        rows = None if loss is None else loss.shape[0]
+        if rows is not None and rows != 1:
+            raise captured_rows.refusal(objective.name, rows)
     return loss
 
 

@@ -35,6 +35,23 @@ class _Same:
         return id(self._thing)
 
 
+class Key:
+    """Something to look up by whose parts are hashed once."""
+
+    __slots__ = ("_hash", "parts")
+
+    def __init__(self, *parts: Hashable):
+        self.parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Key) and (self._hash, self.parts) == (other._hash, other.parts)
+
+
 def identity(function: Any) -> Hashable:
     """Return what a function is known by: its code, and all values that the code refers to.
 
@@ -110,7 +127,7 @@ class _Reader:
         cells = [self._cell(cell, names, depth) for cell in function.__closure__ or ()]
         outer = [self.of(around[name], names, depth) for name in names if name in around]
         defaults = self.of((function.__defaults__, function.__kwdefaults__), (), depth)
-        return (function.__code__, _Same(around), defaults, *cells, *outer)
+        return (_Same(function.__code__), _Same(around), defaults, *cells, *outer)
 
     def _cell(self, cell: Any, names: tuple[str, ...], depth: int) -> Hashable:
         try:
@@ -137,7 +154,7 @@ class _Reader:
         return (_Same(thing), *named, *methods)
 
 
-def _content(array: np.ndarray) -> bytes:
+def _content(array: np.ndarray | np.generic) -> bytes:
     data = array.tobytes()
     return data if len(data) <= _LITTLE else hashlib.blake2b(data).digest()
 

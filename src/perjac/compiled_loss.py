@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from perjac import host
+from perjac.closures import Key
 from perjac.errors import InputError
 from perjac.losses import Objective, is_function, is_nested, is_nothing
 
@@ -54,7 +55,7 @@ class CompiledLoss(Objective):
             )
         loss, weights = (None, None) if found is None else compiled(model)
         super().__init__(loss, weights if loss_weights is None else loss_weights, class_weight)
-        self.key = ("compiled", *self.key)
+        self.key = Key("compiled", *self.key.parts)
 
     def __call__(
         self, outputs: Any, heads: Mapping[str, tf.Tensor], y: Any, sample_weight: Any

@@ -19,6 +19,7 @@ import tensorflow as tf
 from perjac import compiling, host
 from perjac.errors import InsideError, PerjacError
 from perjac.inputs import Batch
+from perjac.shapes import known
 
 _rehearsing = contextvars.ContextVar("rehearsing", default=False)
 _OUTSIDE = "Call the engine outside of the function and hand its results in"
@@ -207,7 +208,7 @@ def _known(tensor: tf.Tensor) -> bool:
 
 def _made_up(tensor: tf.Tensor, rng: np.random.Generator, is_input: bool) -> tf.Tensor:
     """Return normal numbers for inputs, and what any loss takes for labels and weights."""
-    shape, dtype = tensor.shape.as_list(), tensor.dtype
+    shape, dtype = known(tensor.shape), tensor.dtype
     if dtype == tf.string:
         return tf.fill(shape, "")
     if dtype.is_floating or dtype.is_complex:

@@ -78,7 +78,7 @@ class Objective:
 
     Attributes
     ----------
-    key : tuple
+    key : Key
         Equal for objectives that compute the same.
     adds : bool
         Whether what layers add to the loss belongs to it.
@@ -94,7 +94,7 @@ class Objective:
         self._heads: list[str] = []
         self._terms: dict[Any, list[Term]] = {}  # by the shapes of the labels, once traced
         weights = loss_weights is not None and json.dumps(loss_weights, sort_keys=True, default=str)
-        self.key = (_identity(loss), weights, tuple(self._class_weight.items()))
+        self.key = closures.Key(_identity(loss), weights, tuple(self._class_weight.items()))
 
     def __call__(
         self, outputs: Any, heads: Mapping[str, tf.Tensor], y: Any, sample_weight: Any

@@ -7,6 +7,7 @@ from typing import Any
 
 from perjac import inside
 from perjac.added_losses import BEHIND
+from perjac.closures import Key
 from perjac.compiled_loss import CompiledLoss
 from perjac.errors import LossWarning, warn
 from perjac.inputs import Batch, beside
@@ -31,8 +32,8 @@ class Objectives:
 
     def __init__(self, model: Any, traces: Traces):
         self._model, self._traces = model, traces
-        self._known: dict[tuple, Objective] = {}
-        self._doubted: set[tuple] = set()  # those whose outputs were looked at
+        self._known: dict[Key, Objective] = {}
+        self._doubted: set[Key] = set()  # those whose outputs were looked at
 
     def of(
         self, loss: Any, loss_weights: Any, class_weight: Mapping[int, float] | None
