@@ -148,3 +148,54 @@ def test_vectorised_products_are_right_for_one_example(batch, known, second):
 
     right = np.matmul(x.astype(float), np.swapaxes(y, -1, -2) if second else y)
     np.testing.assert_allclose(products(x, y), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_vectorised_map_has_l2_loss():
+    x = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_allclose(tf.vectorized_map(tf.nn.l2_loss, x), [2.5, 12.5])
+
+
+def test_a_traced_function_can_be_left_with_tapes_recording():
+    seen = []
+
+    @tf.function
+    def traced(x):
+        with host.lifted():
+            with tf.GradientTape() as tape:
+                one = tf.constant(3.0)
+                tape.watch(one)
+                square = one * one
+            seen.append(float(tape.gradient(square, one)))
+        return x
+
+    traced(tf.constant(1.0))
+    assert seen == [6.0]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_xla_will_compile_is_told(compiled):
+    found = []
+
+    @tf.function(jit_compile=compiled)
+    def traced(x):
+        found.append(host.is_within_xla())
+        return x
+
+    traced(tf.constant(1.0))
+    assert found == [compiled]
+
+
+def test_a_users_function_does_not_rewrite_our_python():
+    from perjac.shapes import known
+
+    written = []
+
+    @tf.function
+    def traced(x):
+        written.append(known(x.shape))
+        return x
+
+    traced(tf.ones([2, 3]))
+    assert written == [(2, 3)]
+    rule = host.autograph.CONVERSION_RULES[0]
+    assert rule.matches("perjac.engine")

@@ -7,7 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, inputs, memory, seeds
+from perjac import binding, inputs, inside, laid, memory, seeds
+from perjac.added_losses import LOSS
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
@@ -16,11 +17,10 @@ from perjac.gradients import Gradients
 from perjac.jacobian import Jacobian
 from perjac.losses import Objective
 from perjac.objectives import Objectives
-from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
 from perjac.sources import Source
 from perjac.traced import Traced
-from perjac.traces import LOSS, Traces
+from perjac.traces import Traces
 from perjac.trust import Trust
 
 _OPTIONS = {
@@ -182,6 +182,10 @@ class Engine(Trust):
         -----
         The first call with a new shape of example traces the model and compiles; later calls
         with the same shapes, whatever the batch size, do not.
+
+        Inside a `tf.function`, `Dataset.map` or loop, the batch size must be known. What needs
+        numbers is done while it is traced, on made-up examples: NaN and labels that there are
+        not are not looked for, and results cannot be differentiated again.
         """
         batch = self.traces.prepare(x)
         result, factors, sources, row_shape = self._derived(
@@ -220,7 +224,8 @@ class Engine(Trust):
         loss : keras.Loss, str, callable, or a dict or list of these, optional
             A Keras loss or its name; a callable (y, output) -> (B,), which gets the outputs of a
             model with several as the model returns them; one for each output, by name or in order.
-            By default the loss that the model was compiled with.
+            By default the loss that the model was compiled with, and what its layers add to it
+            (`add_loss`, activity regularisers); a loss that is given is the whole loss.
         wrt : as in `jacobian`
             "weights" by default.
         sample_weight : array (B,) or (B, positions), or a list or dict of these, optional
@@ -250,6 +255,8 @@ class Engine(Trust):
         The loss of an example is what Keras computes for a batch of that example alone: losses of
         several positions are averaged, or added up for reduction "sum" or None, and positions
         that the model masks do not count. Weight regularisers are no example's, and are left out.
+        What layers add is what they would add for the example alone; `sample_weight`,
+        `class_weight` and `loss_weights` do not multiply it, as in Keras.
         Losses are computed in the outputs' type, in float32 at least.
 
         Examples
@@ -262,7 +269,7 @@ class Engine(Trust):
         (TensorShape([5]), TensorShape([4, 3]))
         """
         objective = self._objectives.of(loss, loss_weights, class_weight)
-        batch = self._labelled(x, y, objective, sample_weight)
+        batch = self._objectives.labelled(objective, x, y, sample_weight)
         losses, factors, sources, _ = self._derived(batch, objective, LOSS, wrt)
         return Gradients(
             factors,
@@ -342,6 +349,7 @@ class Engine(Trust):
         Martens 2020, New insights and perspectives on the natural gradient method; Kunstner et al.
         2019, Limitations of the empirical Fisher approximation.
         """
+        inside.refuse("fisher()")
         known_variance = 1.0 if variance == "fitted" else variance
         how = Root(self, kind, likelihood, known_variance, loss, samples, seed, wrt, of)  # type: ignore[arg-type]
         return Fisher(how, data, reduction, variance)
@@ -368,16 +376,8 @@ class Engine(Trust):
         if "y" not in asked:
             return self._derived(self.traces.prepare(x), None, of, wrt, question, **asked)[1]
         objective = self._objectives.of(asked["loss"], None, None)
-        batch = self._labelled(x, asked["y"], objective, None)
+        batch = self._objectives.labelled(objective, x, asked["y"], None)
         return self._derived(batch, objective, LOSS, wrt, question)[1]
-
-    def _labelled(self, x: Any, y: Any, objective: Objective, sample_weight: Any) -> inputs.Batch:
-        """Return a batch of examples with their labels."""
-        given = self.traces.prepare(x)
-        wide = at_least_float32(self.traces.floating)
-        batch = inputs.beside(given, wide, y=y, sample_weight=sample_weight)
-        self._objectives.check(objective, batch)
-        return batch
 
     def _derived(
         self,
@@ -389,6 +389,8 @@ class Engine(Trust):
         **asked: Any,
     ) -> tuple[tf.Tensor, dict[str, Any], list[Source], tuple[int, ...]]:
         """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
+        if inside.is_inside():
+            return laid.derived(self, batch, objective, of, wrt, question, asked)
         traced, names = self.traces.of(batch, objective)
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
@@ -435,6 +437,8 @@ class Engine(Trust):
         ExamplesMeetError
             If they are not.
         """
+        if inside.is_inside():
+            return laid.checked(self, batch, of)
         traced, names = self.traces.of(batch)
         head = names.head(of)
         if self._check:

@@ -18,6 +18,9 @@ from typing import Any
 class PerjacError(Exception):
     """Base of every error that perjac raises."""
 
+    # Named here, as AutoGraph raises again, from inside a tf.function, only what has this one.
+    __init__ = Exception.__init__
+
 
 class InputError(PerjacError, ValueError):
     """Data, shapes or options that do not fit the model or the call."""
@@ -56,6 +59,10 @@ class IntegerInputError(PerjacError, TypeError):
 
 class PathError(PerjacError, ValueError):
     """`path="factored"` was asked of a weight that no rule covers."""
+
+
+class InsideError(PerjacError, RuntimeError):
+    """Something that cannot be answered inside a function that TensorFlow is tracing."""
 
 
 class TooLargeError(PerjacError, MemoryError):

@@ -167,6 +167,10 @@ class Examined:
                 )
         return made
 
+    def refuse(self, head: str, why: str) -> None:
+        """Let everything go to the tape for an output, from here on."""
+        self._refused[head] = why
+
     def _why_tape(self, head: str) -> str:
         """Return why everything goes to the tape, or nothing where it does not."""
         if self._path == "tape":

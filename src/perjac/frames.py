@@ -210,7 +210,7 @@ def _run(op: Any, operands: Sequence[Any]) -> list[np.ndarray | None]:
         if attribute.name not in inferred:
             arguments[attribute.name] = op.get_attr(attribute.name)
     try:
-        with tf.init_scope(), tf.device("CPU:0"):
+        with host.lifted(), tf.device("CPU:0"):
             found = run(**arguments)
             return [np.asarray(t) for t in (found if isinstance(found, (list, tuple)) else [found])]
     except (tf.errors.OpError, TypeError, ValueError):

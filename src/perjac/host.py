@@ -16,10 +16,18 @@ import tensorflow as tf
 from keras.src.losses import losses as wrapping
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python import pywrap_tfe
+from tensorflow.python.autograph.core import config as autograph
 from tensorflow.python.eager import context
 from tensorflow.python.framework import function_def_to_graph
 from tensorflow.python.framework import ops as framework
+from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops.parallel_for import pfor
+
+from perjac import compiling
+
+# `autograph.core.config.CONVERSION_RULES` (since TensorFlow 1.15): a user's tf.function would
+# rewrite perjac's own Python, call by call; `do_not_convert` says it of single functions alone.
+autograph.CONVERSION_RULES = (autograph.DoNotConvert("perjac"), *autograph.CONVERSION_RULES)
 
 
 def captures(graph: Any) -> list[tuple[tf.Tensor, tf.Tensor]]:
@@ -81,6 +89,7 @@ class Compiled:
 
     def __init__(self, function: Any, grows: bool):
         self._function, self._grows, self._found = function, grows, {}
+        self._python = function.python_function
         # By what is left of a key without the lengths: the lengths first seen, and what was traced
         # for any others; nothing where the function has to know them.
         self._lengths: dict[Any, list[int]] = {}
@@ -91,7 +100,7 @@ class Compiled:
         tensors: list[Any] = []
         key = _key(arguments, tensors) if tf.executing_eagerly() else None
         if key is None or not pywrap_tfe.TFE_Py_TapeSetIsEmpty():
-            return self._function(*arguments)
+            return self._plainly(arguments)
         if key not in self._found:
             concrete = self._traced(arguments, tensors)
             large = len(concrete.graph.get_operations()) > _MANY_OPERATIONS
@@ -100,10 +109,23 @@ class Compiled:
             self._found[key] = concrete, quick, around, _packing(concrete.structured_outputs)
         concrete, quick, around, packed = self._found[key]
         if quick is None:
-            return self._function(*arguments)
+            return self._plainly(arguments)
         with around():
             flat = quick.call_flat(*tensors, *concrete.captured_inputs)
         return packed(iter(flat))
+
+    def _plainly(self, arguments: tuple) -> Any:
+        """Call the tf.function itself, as a graph even where the user has such run eagerly."""
+        if is_within_xla():  # what was traced without may not compile
+            with compiling.for_xla():
+                return self._python(*arguments)
+        if not tf.config.functions_run_eagerly():
+            return self._function(*arguments)
+        tf.config.run_functions_eagerly(False)  # as tf.vectorized_map does
+        try:
+            return self._function(*arguments)
+        finally:
+            tf.config.run_functions_eagerly(True)
 
     def _traced(self, arguments: tuple, tensors: list[Any]) -> Any:
         """Return the concrete function for these arguments.
@@ -203,6 +225,50 @@ def _packing(structure: Any) -> Callable[[Iterator[Any]], Any]:
     return next
 
 
+@contextlib.contextmanager
+def lifted() -> Iterator[None]:
+    """Run the block outside of all functions that are being traced; there it is as it was.
+
+    `tf.init_scope` does so but stops all tapes, of which models and the tape path have their own:
+    `TFE_Py_TapeSetRestartOnThread` (since TensorFlow 1.13) lets those record.
+    """
+    if tf.executing_eagerly():
+        yield
+        return
+    with tf.init_scope():
+        pywrap_tfe.TFE_Py_TapeSetRestartOnThread()
+        try:
+            yield
+        finally:
+            pywrap_tfe.TFE_Py_TapeSetStopOnThread()
+
+
+def is_within_xla() -> bool:
+    """Tell whether a function is being traced that XLA will compile.
+
+    `GraphOrParentsInXlaContext` (since TensorFlow 2.1): nothing public tells.
+    """
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+def is_watched() -> bool:
+    """Tell whether a tape is recording, or may be: inside a graph being built."""
+    return not (tf.executing_eagerly() and pywrap_tfe.TFE_Py_TapeSetIsEmpty())
+
+
+def is_eager(tensor: Any) -> bool:
+    """Tell whether a tensor has its numbers (`EagerTensor`, since TensorFlow 1.5)."""
+    return isinstance(tensor, framework.EagerTensor)
+
+
+def runs_eagerly_outside() -> bool:
+    """Tell whether there is eager execution around all graphs being built."""
+    return bool(tf.compat.v1.executing_eagerly_outside_functions())
+
+
 def scratch_graph() -> Any:
     """Return a function graph to try things in (`tf.__internal__.FuncGraph`, since 2.5)."""
     return tf.__internal__.FuncGraph("scratch")
@@ -264,8 +330,15 @@ def _vectorised_matmul(asked: Any) -> Any:
     return pfor.wrap(tf.squeeze(product, 1) if risky else product, True)
 
 
+def _vectorised_l2_loss(asked: Any) -> Any:
+    """Return what a vectorised map makes of L2Loss, which TensorFlow 2.21 has nothing for."""
+    x = asked.stacked_input(0)
+    return pfor.wrap(tf.reduce_sum(x * x, list(range(1, x.shape.rank))) / 2, True)
+
+
 # `pfor._pfor_converter_registry` (since TensorFlow 1.13): `RegisterPFor` refuses to replace one.
 pfor._pfor_converter_registry["BatchMatMulV2"] = _vectorised_matmul
+pfor._pfor_converter_registry.setdefault("L2Loss", _vectorised_l2_loss)
 
 
 def goes_its_own_way(operation: Any) -> bool:
@@ -367,35 +440,3 @@ def takes_training(layer: Any) -> bool:
     """Tell whether a layer's `call` has a `training` argument, by name or by `**kwargs`."""
     parameters = inspect.signature(layer.call).parameters.values()
     return any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-@contextlib.contextmanager
-def watching_calls(model: Any, seen: Callable[[str, Any], None]) -> Iterator[None]:
-    """Report each inner layer's output, as `seen(layer name, output)`, while inside the block.
-
-    `Operation.__call__` (Keras 3.0) looks `call` up on the instance, so a wrapper set there is
-    reached for every kind of model; set with `object.__setattr__`, past Keras's own tracking.
-    """
-    wrapped = []
-    try:
-        for operation in operations_within(model):
-            if "call" in vars(operation):
-                continue  # somebody else's wrapper: leave it
-            object.__setattr__(operation, "call", _reporting(operation, seen))
-            wrapped.append(operation)
-        yield
-    finally:
-        for operation in wrapped:
-            object.__delattr__(operation, "call")
-
-
-def _reporting(operation: Any, seen: Callable[[str, Any], None]) -> Callable[..., Any]:
-    call = operation.call
-
-    @functools.wraps(call)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
-        seen(operation.name, output)
-        return output
-
-    return wrapper

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from perjac import host
+from perjac import closures, host
 from perjac.errors import ExamplesMeetError, InputError, OutOfRangeError, UnknownNameError, nearest
 from perjac.precision import at_least_float32
 from perjac.reduction import reduced
@@ -78,9 +78,13 @@ class Objective:
 
     Attributes
     ----------
-    key : tuple
+    key : Key
         Equal for objectives that compute the same.
+    adds : bool
+        Whether what layers add to the loss belongs to it.
     """
+
+    adds = False
 
     def __init__(
         self, loss: Any, loss_weights: Any = None, class_weight: Mapping[int, float] | None = None
@@ -90,7 +94,7 @@ class Objective:
         self._heads: list[str] = []
         self._terms: dict[Any, list[Term]] = {}  # by the shapes of the labels, once traced
         weights = loss_weights is not None and json.dumps(loss_weights, sort_keys=True, default=str)
-        self.key = (_identity(loss), weights, tuple(self._class_weight.items()))
+        self.key = closures.Key(_identity(loss), weights, tuple(self._class_weight.items()))
 
     def __call__(
         self, outputs: Any, heads: Mapping[str, tf.Tensor], y: Any, sample_weight: Any
@@ -124,6 +128,12 @@ class Objective:
         ]
         widest = max((losses.dtype for losses in each), key=lambda dtype: dtype.size)
         return tf.add_n([tf.cast(losses, widest) for losses in each])
+
+    @property
+    def name(self) -> str:
+        """The loss as a user calls it."""
+        losses = tf.nest.flatten(self._loss) if is_nested(self._loss) else [self._loss]
+        return ", ".join(loss if isinstance(loss, str) else _name(loss) for loss in losses)
 
     def check_labels(self, y: Any) -> None:
         """Raise for labels that are numbers of classes that the outputs do not have."""
@@ -168,8 +178,8 @@ class Objective:
     def _resolved(self, heads: Mapping[str, tf.Tensor], y: Any) -> list[Term]:
         """Return the losses of the heads that have one."""
         losses = self._loss
-        if not _is_nested(losses):
-            if _is_function(losses):
+        if not is_nested(losses):
+            if is_function(losses):
                 weight = _only(self._loss_weights, "loss_weights")
                 return [Term(None, losses, 1.0 if weight is None else float(weight))]
             losses = dict.fromkeys(heads, losses)
@@ -215,38 +225,10 @@ class Objective:
         return weights
 
 
-def compiled(model: Any) -> tuple[Any, Any]:
-    """Return (loss, loss_weights) that a Keras model was compiled with.
-
-    Functions are wrapped as `model.compile` does, which brings labels to the outputs' type and
-    leaves out what is masked.
-
-    Raises
-    ------
-    InputError
-        If it was not.
-    """
-    found = host.compiled_loss(model)
-    if found is None:
-        raise InputError(
-            "The model is not compiled with a loss, and none is given. Name one, for example "
-            'loss="mse", or compile the model.'
-        )
-    return _wrapped(found[0]), found[1]
-
-
 def are_probabilities(outputs: np.ndarray, one_class_each: bool) -> bool:
     """Tell whether numbers may be probabilities: of classes one of which holds, or of each."""
     inside = outputs.min() >= 0 and outputs.max() <= 1 + 1e-3
     return bool(inside and (not one_class_each or np.allclose(outputs.sum(-1), 1, atol=1e-2)))
-
-
-def _wrapped(loss: Any) -> Any:
-    if _is_function(loss):
-        return host.wrapped_loss(loss)
-    if isinstance(loss, Mapping) and _is_nested(loss):
-        return {head: _wrapped(own) for head, own in loss.items()}
-    return [_wrapped(own) for own in loss] if _is_nested(loss) else loss
 
 
 def _term(head: str, loss: Any, output: tf.Tensor, y: Any, weight: Any) -> Term:
@@ -257,7 +239,7 @@ def _term(head: str, loss: Any, output: tf.Tensor, y: Any, weight: Any) -> Term:
 
 def _called(loss: keras.losses.Loss, y: Any, output: tf.Tensor) -> tuple[tf.Tensor, list]:
     """Return a Keras loss of every position, (B, ...), and the masks of those that count."""
-    if _is_nothing(y):
+    if is_nothing(y):
         raise InputError(f"The loss {_name(loss)!r} needs labels: give y.")
     if _name(loss) == "circle":
         raise ExamplesMeetError(
@@ -307,7 +289,7 @@ def _one_by_one(loss: keras.losses.Loss, y: tf.Tensor, output: tf.Tensor) -> tf.
 def _plain(term: Term, y: Any, output: Any) -> tf.Tensor:
     """Call the user's own function (y, output) -> (B,)."""
     output = tf.nest.map_structure(lambda t: tf.cast(t, at_least_float32(t.dtype)), output)
-    values = tf.convert_to_tensor(term.loss(None if _is_nothing(y) else y, output))
+    values = tf.convert_to_tensor(term.loss(None if is_nothing(y) else y, output))
     if values.shape.rank == 0:
         raise InputError(
             f"The loss {term.name!r} returns a single number for the whole batch. Return one for "
@@ -331,7 +313,7 @@ def _loss(loss: Any, output: tf.Tensor, y: Any) -> Any:
             ) from failure
     else:
         found = loss() if isinstance(loss, type) else loss
-    if isinstance(found, keras.losses.Loss) or _is_function(found):
+    if isinstance(found, keras.losses.Loss) or is_function(found):
         return found
     return host.wrapped_loss(found)
 
@@ -340,14 +322,14 @@ def _crossentropy(output: tf.Tensor, y: Any) -> str:
     """Return which cross-entropy Keras takes "crossentropy" for."""
     if output.shape.rank == 1 or output.shape[-1] == 1:
         return "binary_crossentropy"
-    if _is_nothing(y) or (y.shape.rank == output.shape.rank and y.shape[-1] != 1):
+    if is_nothing(y) or (y.shape.rank == output.shape.rank and y.shape[-1] != 1):
         return "categorical_crossentropy"
     return "sparse_categorical_crossentropy"
 
 
 def _by_name(given: Any, wanted: Sequence[str], heads: Sequence[str], what: str) -> dict[str, Any]:
     """Return what was given for the wanted heads: by name, in order, or one for each."""
-    if _is_nothing(given):
+    if is_nothing(given):
         return {}
     if isinstance(given, Mapping):
         unknown = [name for name in given if name not in heads]
@@ -375,8 +357,8 @@ def _by_name(given: Any, wanted: Sequence[str], heads: Sequence[str], what: str)
 
 def _only(given: Any, what: str) -> Any:
     """Return what was given for a function of all outputs, of which there can be but one."""
-    if _is_nothing(given) or not isinstance(given, (Mapping, list, tuple)):
-        return None if _is_nothing(given) else given
+    if is_nothing(given) or not isinstance(given, (Mapping, list, tuple)):
+        return None if is_nothing(given) else given
     if len(given) != 1:
         raise InputError(
             f"Expected one {what}, as the loss is one function of all outputs. "
@@ -396,19 +378,20 @@ def _classes(given: Mapping[int, float] | None) -> dict[int, float]:
         ) from failure
 
 
-def _is_nested(loss: Any) -> bool:
+def is_nested(loss: Any) -> bool:
+    """Tell whether it is a loss for each output."""
     return isinstance(loss, (list, tuple)) or (
         isinstance(loss, Mapping) and "class_name" not in loss
     )
 
 
-def _is_function(loss: Any) -> bool:
+def is_function(loss: Any) -> bool:
     """Tell whether a loss is the user's own function, and not Keras's."""
     ours = (getattr(loss, "__module__", "") or "").startswith("keras.")
     return callable(loss) and not ours and not isinstance(loss, (type, keras.losses.Loss))
 
 
-def _is_nothing(given: Any) -> bool:
+def is_nothing(given: Any) -> bool:
     """Tell None, or the () that a Batch has in its place."""
     return given is None or (isinstance(given, tuple) and not given)
 
@@ -420,9 +403,9 @@ def _name(loss: Any) -> str:
 
 def _identity(loss: Any) -> Any:
     """Return what a loss is known by: Keras losses of the same function and options are one."""
-    if isinstance(loss, Mapping) and _is_nested(loss):
+    if isinstance(loss, Mapping) and is_nested(loss):
         return tuple((head, _identity(own)) for head, own in sorted(loss.items()))
-    if _is_nested(loss):
+    if is_nested(loss):
         return tuple(_identity(own) for own in loss)
     if isinstance(loss, Mapping):
         return json.dumps(loss, sort_keys=True, default=str)
@@ -431,14 +414,13 @@ def _identity(loss: Any) -> Any:
             "Expected loss= as a Keras loss, its name, or a callable (y, output) -> (B,). "
             f"Received: {loss!r}."
         )
-    if loss is None or not hasattr(loss, "fn"):
+    if loss is None or isinstance(loss, str):
         return loss
+    if not hasattr(loss, "fn"):
+        return closures.identity(loss)
     # Not by its configuration, which may lack an option, as Huber's lacks delta in Keras 3.15.
-    try:
-        options = json.dumps(host.loss_options(loss), sort_keys=True)
-    except TypeError:  # arrays, say
-        return loss
-    return type(loss), loss.fn, loss.reduction, options
+    options = closures.identity(host.loss_options(loss))
+    return type(loss), closures.identity(loss.fn), loss.reduction, options
 
 
 def _shapes(y: Any) -> str:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from perjac import inside
+from perjac.added_losses import BEHIND
+from perjac.closures import Key
+from perjac.compiled_loss import CompiledLoss
 from perjac.errors import LossWarning, warn
-from perjac.inputs import Batch
-from perjac.losses import Objective, compiled
-from perjac.traces import BEHIND, Traces
+from perjac.inputs import Batch, beside
+from perjac.losses import Objective
+from perjac.precision import at_least_float32
+from perjac.traces import Traces
 
 # Examples whose outputs are looked at, to tell whether they are what the loss takes them for.
 _FEW = 32
@@ -27,18 +32,25 @@ class Objectives:
 
     def __init__(self, model: Any, traces: Traces):
         self._model, self._traces = model, traces
-        self._known: dict[tuple, Objective] = {}
-        self._doubted: set[tuple] = set()  # those whose outputs were looked at
+        self._known: dict[Key, Objective] = {}
+        self._doubted: set[Key] = set()  # those whose outputs were looked at
 
     def of(
         self, loss: Any, loss_weights: Any, class_weight: Mapping[int, float] | None
     ) -> Objective:
         """Return the objective of a loss, the compiled one for None; the same for equal ones."""
         if loss is None:
-            loss, weights = compiled(self._model)
-            loss_weights = weights if loss_weights is None else loss_weights
-        new = Objective(loss, loss_weights, class_weight)
+            new: Objective = CompiledLoss(self._model, loss_weights, class_weight)
+        else:
+            new = Objective(loss, loss_weights, class_weight)
         return self._known.setdefault(new.key, new)
+
+    def labelled(self, objective: Objective, x: Any, y: Any, sample_weight: Any) -> Batch:
+        """Return a batch of examples with their labels, checked."""
+        given, wide = self._traces.prepare(x), at_least_float32(self._traces.floating)
+        batch = beside(given, wide, y=y, sample_weight=sample_weight)
+        self.check(objective, batch)
+        return batch
 
     def check(
         self,
@@ -54,6 +66,12 @@ class Objectives:
         batch : Batch
             The examples with their labels.
         """
+        if inside.is_inside():
+            inside.check(batch)
+            made_up = inside.stand_in(batch)
+            with inside.outside("The loss"):
+                self.check(objective, made_up)
+            return
         traced, names = self._traces.of(batch, objective)
         if batch.size == 0:
             return

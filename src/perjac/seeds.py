@@ -178,6 +178,8 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
         return _directions(cotangents, batch, shape, dtype)
     if outputs is None:
         return Seeds("all", shape, _nothing())
+    if tf.is_tensor(outputs) and not tf.executing_eagerly():
+        return _no_numbers_yet(outputs, batch, math.prod(shape))
     each = not isinstance(outputs, (list, tuple, range)) and np.ndim(outputs) == 1
     chosen = np.atleast_1d(np.asarray(outputs))
     if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
@@ -194,6 +196,25 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
             f"Received: {len(chosen)}. For the same outputs of every example give a list."
         )
     return Seeds("each", (1,), tf.constant(chosen, tf.int32))
+
+
+def _no_numbers_yet(outputs: tf.Tensor, batch: int, total: int) -> Seeds:
+    """Return the seeds of outputs that are being computed by the graph being built."""
+    if not outputs.dtype.is_integer or outputs.shape.rank not in (0, 1):
+        raise InputError(
+            "Expected outputs= as an int, a list of ints, or one int for each example. "
+            f"Received: {outputs!r}."
+        )
+    chosen = tf.cast(outputs, tf.int32)
+    chosen = tf.where(chosen < 0, chosen + total, chosen)
+    if outputs.shape.rank == 0:
+        return Seeds("chosen", (1,), chosen[None])
+    if outputs.shape[0] != batch:
+        raise InputError(
+            f"outputs= as a tensor names one output for each example: expected {batch} of them. "
+            f"Received: {outputs.shape[0]}. For the same outputs of every example give a list."
+        )
+    return Seeds("each", (1,), chosen)
 
 
 @functools.cache

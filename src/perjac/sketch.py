@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import host
 from perjac.layout import Piece
 from perjac.shapes import known
 
@@ -123,7 +124,8 @@ def draw(
 ) -> dict[str, dict[Side, Normal | Count]]:
     """Return what is drawn for every side of every weight, by the weight's key."""
     wanted = tuple((key, tuple(found)) for key, found in sides.items())
-    return _drawn(wanted, dim, seed, kind, dtype)
+    with host.lifted():  # they outlive a function that is being traced
+        return _drawn(wanted, dim, seed, kind, dtype)
 
 
 @functools.lru_cache(maxsize=1)  # a data set is projected batch by batch with the same numbers

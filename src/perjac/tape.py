@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import host
+from perjac import host, inside
 from perjac.compiling import why_not
 from perjac.errors import SlowPathWarning, warn
 from perjac.seeds import Seeds, select
@@ -71,6 +71,8 @@ class Tape:
 
     def __call__(self, inputs: Sequence[tf.Tensor], seeds: Seeds) -> list[tf.Tensor]:
         """Return each source's rows, (B, K, *shape)."""
+        if inside.is_inside() and not (self._trusted or self._refused):
+            raise inside.untried("The tape path")
         batch = known(inputs[0].shape[:1])[0]
         payload = seeds.payload
         if self._kind not in ("each", "cotangents"):  # the same for every example
@@ -81,8 +83,9 @@ class Tape:
             except Exception as failure:  # pfor raises whatever the converter stumbled over
                 self._refused = _first_line(failure)
             else:
-                self._refused = "" if self._trusted else self._doubt(inputs, payload, rows)
-                self._trusted = not self._refused
+                if not (self._trusted or inside.is_inside()):  # there are no numbers to compare
+                    self._refused = self._doubt(inputs, payload, rows)
+                    self._trusted = not self._refused
                 if self._trusted:
                     return rows
         warn(

@@ -19,6 +19,7 @@ from perjac.flatten import CALLS, canonical, is_for_xla
 from perjac.loops import LOOPS, StandIn
 from perjac.shapes import Dims, Extent
 from perjac.sources import Activation, Weights
+from perjac.watching import watching_calls
 
 Taps = dict[str, list[tf.Tensor]]
 
@@ -54,7 +55,7 @@ class Callee:
 
         if self.model is None:
             return self.heads(self.function(inputs)), taps
-        with host.watching_calls(self.model, seen):
+        with watching_calls(self.model, seen):
             outputs = self.function(inputs)
         return self.heads(outputs), taps
 
@@ -330,10 +331,11 @@ class Program:
     def dims(self, batch: int) -> dict[str, Dims | None]:
         """Every tensor's shape for a batch of this size: one of `batches`."""
         if batch not in self._sizes:
-            found = self._shapes(batch)
-            vague = [name for name, dims in found.items() if dims is None or None in dims]
-            if vague:  # a loop's results, say, and what follows from them
-                found |= self._measured(vague, batch)
+            with host.lifted():  # where a function is being traced there are no numbers
+                found = self._shapes(batch)
+                vague = [name for name, dims in found.items() if dims is None or None in dims]
+                if vague:  # a loop's results, say, and what follows from them
+                    found |= self._measured(vague, batch)
             self._sizes[batch] = found
         return self._sizes[batch]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import device, host, memory
+from perjac import device, host, inside, memory
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -49,6 +49,10 @@ def _failing(last: bool) -> Iterator[None]:
         if last:
             raise
         raise _Failed from failure
+
+
+def _sealing(tape: Tape) -> Callable[..., Any]:
+    return lambda inputs, seeds: inside.sealed(tape(inputs, seeds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Traced(Examined):
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
         parts = [job.run(part.tensors, nothing)[0] for part in batches]
-        return joined(parts)
+        return inside.sealed(joined(parts)) if host.is_watched() else joined(parts)
 
     def answers(
         self,
@@ -158,15 +162,14 @@ class Traced(Examined):
         DisconnectedWarning
             For sources that the output does not depend on.
         """
-        key = (
-            head, tuple(sources), batch.size, chosen.signature, memory_limit, question,
-        )  # fmt: skip
+        key = self._key(head, sources, batch, chosen, memory_limit, question)
         if (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
                 self._check_finite(batch, fine)
                 return output, {s.key: answers[s.key] for s in sources}
-        task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
+        with host.lifted():  # what is found out about the graph is no part of a user's
+            task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
         if batch.size == 0 or chosen.count == 0:
             answers = question({s.key: nothing(s) for s in sources})
@@ -176,7 +179,7 @@ class Traced(Examined):
             f"Even unformed, the Jacobian of {batch.size} examples × {chosen.count} outputs",
             "Give fewer examples at a time, or choose outputs=.",
         )  # fmt: skip
-        last = self._path == "factored" or taped == list(sources)
+        last = self._path == "factored" or taped == list(sources) or inside.is_rehearsing()
         outputs: list[tf.Tensor] = []
         lost: set[Source] = set()
 
@@ -190,9 +193,10 @@ class Traced(Examined):
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
+                taking = tape if not host.is_watched() else _sealing(tape)
                 explicit = {
                     source.key: Explicit(Relabelling.of(source.shape), rows).cast(task.dtype)
-                    for source, rows in zip(taped, tape(part.tensors, seeds), strict=True)
+                    for source, rows in zip(taped, taking(part.tensors, seeds), strict=True)
                 }
                 answers |= query(question)(explicit)
                 lost.update(tape.disconnected)
@@ -214,6 +218,13 @@ class Traced(Examined):
         elif not taped and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
             self._alone[key] = self._job(task, chosen.signature, batch.size)
         return joined(outputs), {s.key: answers[s.key] for s in sources}
+
+    def is_settled(self, *asked: Any) -> bool:
+        """Tell whether one job has answered what `answers` is asked, and will again."""
+        return self._key(*asked) in self._alone
+
+    def _key(self, head: str, sources: Any, batch: Batch, chosen: Seeds, *asked: Any) -> tuple:
+        return head, tuple(sources), batch.size, chosen.signature, asked
 
     def _task(
         self,
@@ -362,7 +373,8 @@ class Traced(Examined):
         asked = Asked(
             task.head, tuple(task.decisions), tensors, signature, task.dtype, task.question
         )
-        return self._jobs.of(asked, self.order(task.head), pace)
+        with host.lifted():
+            return self._jobs.of(asked, self.order(task.head), pace)
 
     def _tuned(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple[_Task, Trial]:
         """Return a task on the schedule that is the fastest for such a batch, by trial."""
@@ -416,6 +428,8 @@ class Traced(Examined):
 
     def _check_finite(self, batch: Batch, fine: tf.Tensor) -> None:
         """Raise for an input or a variable that is not finite, where a sum over one was not."""
+        if inside.is_inside():
+            return
         finite = fine.numpy()
         if finite.all():
             return

@@ -12,17 +12,15 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, host, inputs, progress
+from perjac import added_losses, binding, host, inputs, inside, progress
 from perjac import trace as tracing
+from perjac.added_losses import LOSS, Behind
 from perjac.compiling import compiles_whole
 from perjac.errors import InputError, SlowPathWarning, warn
 from perjac.losses import Objective
 from perjac.naming import Names
 from perjac.normalise import normalise
 from perjac.traced import Traced
-
-# The heads of a model with its loss behind it: the loss, and the outputs that it is of.
-LOSS, BEHIND = "loss", "outputs/{}"
 
 
 class Traces:
@@ -91,27 +89,34 @@ class Traces:
 
     def of(self, batch: inputs.Batch, objective: Objective | None = None) -> tuple[Traced, Names]:
         """Return the trace for such a batch: of the model, or of the loss of (x, y, weights)."""
+        if inside.is_inside():
+            inside.check(batch)
         key = (batch.signature, objective and objective.key)
         if key not in self._made:
-            callee = self._callee if objective is None else self._with_loss(objective)
-            with progress.doing("tracing the model"):
-                traced = tracing.trace(callee, batch.specs, batch.structure, self.weights)
-                program = normalise(traced)
+            with host.lifted(), progress.doing("tracing the model"):
+                found = self._traced(batch, objective)
+                program = normalise(found.program)
             names = batch.names[: batch.inputs]
-            self._made[key] = (
-                Traced(
-                    callee,
-                    program,
-                    batch.structure,
-                    self._path,
-                    self._compiles,
-                    self._whole,
-                    self._autotune,
-                ),
-                Names(program, self.weights, self._model, names),
+            made = Traced(
+                found.callee,
+                program,
+                batch.structure,
+                self._path,
+                self._compiles,
+                self._whole,
+                self._autotune,
             )
+            if found.slow:
+                made.refuse(program.heads[LOSS], found.slow)
+            self._made[key] = made, Names(program, self.weights, self._model, names)
         traced, names = self._made[key]
         return traced if self._compact else traced.uncompacted, names
+
+    def _traced(self, batch: inputs.Batch, objective: Objective | None) -> Behind:
+        about = batch.specs, batch.structure, self.weights
+        if objective is None:
+            return Behind(self._callee, tracing.trace(self._callee, *about))
+        return added_losses.behind(self._callee, objective, *about)
 
     def without_xla(self, why: str) -> None:
         """Forget every trace, and let XLA compile none of the next ones.
@@ -146,16 +151,3 @@ class Traces:
             )
         arrays = [tf.zeros([1, *e.shape[1:]], e.dtype) for e in self.expected]
         return arrays[0] if len(arrays) == 1 else arrays
-
-    def _with_loss(self, objective: Objective) -> tracing.Callee:
-        """Return the model with its loss behind it: (x, y, sample_weight) to losses (B,)."""
-        callee = self._callee
-
-        def losses(arguments: Any) -> dict[str, tf.Tensor]:
-            x, y, sample_weight = arguments
-            outputs = callee.function(x)
-            heads = callee.heads(outputs)
-            loss = objective(outputs, heads, y, sample_weight)
-            return {LOSS: loss} | {BEHIND.format(name): head for name, head in heads.items()}
-
-        return tracing.Callee(losses, callee.model)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from perjac import export, inputs, seeds
+from perjac import export, inputs, inside, seeds
+from perjac.added_losses import LOSS
 from perjac.errors import InputError, check_counts, check_one_of
 from perjac.inspection import Inspection
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.shapes import size
-from perjac.traces import LOSS, Traces
+from perjac.traces import Traces
 from perjac.verification import Verification, verify
 
 
@@ -62,6 +63,7 @@ class Trust:
         kernel is much slower than its kind.
         """
         check_counts(batch_size=batch_size)
+        inside.refuse("inspect()")
         batch = self.traces.prepare(self.traces.example() if x is None else x)
         traced, names = self.traces.of(batch)
         head = names.head(of)
@@ -90,6 +92,7 @@ class Trust:
         Verification
             With `passed` and the worst error of each weight.
         """
+        inside.refuse("verify()")
         batch = self.traces.prepare(x)
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
@@ -147,6 +150,7 @@ class Trust:
             If XLA cannot compile it.
         """
         check_one_of(job, list(export.JOBS), "job")
+        inside.refuse("export()")
         batch, objective = self.traces.prepare(x), None
         if export.JOBS[job][1]:
             objective = self._objectives.of(loss, None, None)

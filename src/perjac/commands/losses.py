@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 
+from perjac.compiled_loss import compiled
 from perjac.errors import InputError, UnknownNameError, nearest
-from perjac.losses import compiled
 
 
 def named(engine: Any, model: str, name: str | None, from_logits: bool) -> Any:

@@ -10,6 +10,7 @@ import scipy.linalg
 import tensorflow as tf
 
 from perjac import memory, progress
+from perjac.compiled_loss import compiled
 from perjac.errors import InputError, NotPositiveError, OutOfRangeError, check_one_of
 from perjac.fisher.form import Form, check_damping
 from perjac.fisher.information import Fisher
@@ -17,7 +18,6 @@ from perjac.fisher.products import pushed
 from perjac.fisher.root import Root
 from perjac.fisher.stream import Stream
 from perjac.fisher.values import form_of, keyed
-from perjac.losses import compiled
 
 # The forms of the curvature, by the methods of `Fisher` that make them.
 FORMS = (
@@ -41,7 +41,8 @@ class Influence:
     data : (x, y), or a batched tf.data.Dataset of it
         The N training examples, in the same order each time.
     loss : keras.Loss, str or callable, optional
-        The loss that it was trained on, convex in the output; by default the compiled one.
+        The loss that it was trained on, convex in the output; by default the compiled one,
+        without what layers add to it.
     form : {"exact", "dense", "blocks", "diagonal", "kronecker", "eigenbasis", "low_rank", \
 "operator"}, Form or Fisher
         Of the curvature: a form of the loss's Gauss-Newton matrix, of which "exact" is the

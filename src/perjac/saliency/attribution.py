@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import inside
 from perjac.errors import InputError, OutOfRangeError, UnknownNameError, nearest
 from perjac.saliency import figures, pictures
 
@@ -67,11 +68,13 @@ class Attribution:
 
     def maps_of(self, wrt: str | None) -> np.ndarray:
         """Return the maps of one of several inputs, as `maps`."""
+        inside.refuse("A map in numbers")
         values = np.asarray(self._of("values", wrt))
         return values if self.for_all else values[:, None]
 
     def x_of(self, wrt: str | None) -> np.ndarray:
         """Return one of several inputs, (B, *input_shape)."""
+        inside.refuse("An example in numbers")
         return np.asarray(self._of("x", wrt))
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac import inside
 from perjac.engine import Engine
 from perjac.errors import InputError, check_one_of
 from perjac.saliency.attribution import Attribution
@@ -294,7 +295,8 @@ def _map(
     if axis:
         values = tf.expand_dims(values, axis + 1)
     facts = {"layer": there.activation.layer, "grid": tuple(grid), **dataclasses.asdict(finish)}
-    facts["blank"] = int(tf.math.count_nonzero(blank))
+    if not inside.is_inside():
+        facts["blank"] = int(tf.math.count_nonzero(blank))
     found = explained.attribution(method, [values], facts=facts)
     return dataclasses.replace(found, x=seen)
 

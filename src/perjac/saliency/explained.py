@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import memory, progress, seeds
+from perjac import host, inside, memory, progress, seeds
 from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.inputs import Batch
@@ -60,8 +60,14 @@ class Target:
         if self.kind == "one":
             return {"outputs": int(self.chosen)}
         if self.kind == "each":
-            return {"outputs": self.chosen[owners]}
+            return {"outputs": self._owned(owners)}
         return {"cotangents": tf.gather(self.chosen, owners)[:, None]}
+
+    def _owned(self, owners: np.ndarray) -> Any:
+        """Return the numbers of outputs at points of these examples."""
+        if tf.is_tensor(self.chosen):  # inside a function that is being traced
+            return tf.gather(self.chosen, owners)
+        return self.chosen[owners]
 
     def of(self, outputs: tf.Tensor, owners: np.ndarray) -> tf.Tensor:
         """Return the numbers that are explained, (N, M), of outputs (N, *output_shape)."""
@@ -71,7 +77,7 @@ class Target:
         if self.kind == "one":
             return flat[:, int(self.chosen)][:, None]
         if self.kind == "each":
-            return tf.gather(flat, self.chosen[owners], axis=1, batch_dims=1)[:, None]
+            return tf.gather(flat, self._owned(owners), axis=1, batch_dims=1)[:, None]
         u = tf.reshape(tf.gather(self.chosen, owners), [len(owners), -1])
         return tf.reduce_sum(flat * tf.cast(u, flat.dtype), 1, keepdims=True)
 
@@ -359,7 +365,10 @@ def _target(target: Any, shape: tuple[int, ...], dtype: tf.DType, explained: Exp
                 f"cotangents. Received: {target!r}."
             )
         flat = tf.reshape(explained.outputs, [explained.size, math.prod(shape)])
-        return Target("each", np.asarray(tf.argmax(flat, 1)), 1, shape)
+        best = tf.argmax(flat, 1)
+        return Target("each", best if inside.is_inside() else np.asarray(best), 1, shape)
+    if tf.is_tensor(target) and inside.is_inside():
+        return _no_numbers_yet(target, shape, dtype, explained.size)
     array = np.asarray(target)
     if array.dtype.kind in "iu" and array.ndim <= 1:
         if array.ndim and len(array) != explained.size:
@@ -368,7 +377,8 @@ def _target(target: Any, shape: tuple[int, ...], dtype: tf.DType, explained: Exp
                 f"Received: {len(array)} numbers."
             )
         asked = array if array.ndim else int(array)
-        chosen = seeds.make(asked, None, explained.size, shape, dtype).payload.numpy()
+        with host.lifted():
+            chosen = seeds.make(asked, None, explained.size, shape, dtype).payload.numpy()
         return (
             Target("each", chosen, 1, shape) if array.ndim else Target("one", chosen[0], 1, shape)
         )
@@ -378,6 +388,16 @@ def _target(target: Any, shape: tuple[int, ...], dtype: tf.DType, explained: Exp
             f"outputs. Received: an array of shape {array.shape} and type {array.dtype}."
         )
     return Target("directions", tf.cast(target, dtype), 1, shape)
+
+
+def _no_numbers_yet(
+    target: tf.Tensor, shape: tuple[int, ...], dtype: tf.DType, size: int
+) -> Target:
+    """Return the outputs that a target means which a graph being built computes."""
+    if tuple(target.shape) == (size, *shape) and not target.dtype.is_integer:
+        return Target("directions", tf.cast(target, dtype), 1, shape)
+    chosen = seeds.make(target, None, size, shape, dtype).payload
+    return Target("each", tf.broadcast_to(chosen, [size]), 1, shape)
 
 
 def _places(batch: Batch, wrt: Any) -> list[int]:

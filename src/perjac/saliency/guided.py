@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import inside
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
@@ -79,6 +80,7 @@ def guided_ig(
     Noise, algorithm 1 and section 4.3.
     """
     given = {"baseline": baseline, "steps": steps, "fraction": fraction, "max_dist": max_dist}
+    inside.refuse("guided_ig()")
     chosen = settle("guided_ig", convention, **given)
     check_counts(steps=chosen["steps"])
     for name in ("fraction", "max_dist"):

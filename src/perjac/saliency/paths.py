@@ -266,7 +266,11 @@ def _rows(background: Any, explained: Explained) -> list[tf.Tensor]:
     given = by_name(background, explained, "background")
     for one, name, x in zip(given, explained.names, explained.values, strict=True):
         array = tf.cast(one, x.dtype)
-        if array.shape.rank != x.shape.rank or array.shape[1:] != x.shape[1:] or not len(array):
+        if (
+            array.shape.rank != x.shape.rank
+            or array.shape[1:] != x.shape[1:]
+            or array.shape[0] == 0
+        ):
             raise InputError(
                 f"Expected background= of shape (n, {', '.join(map(str, x.shape[1:]))}) for input "
                 f"{name!r}. Received: {tuple(array.shape)}."

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from perjac import inside
+
 
 class Sums:
     """Σ of what belongs to each of `size` examples, for each of several inputs."""
@@ -85,6 +87,7 @@ class Moments:
 
 def _zeros(size: int, terms: Sequence[tf.Tensor]) -> list[tf.Variable]:
     """Return what sums of terms (N, ...) start from, each (size, ...), in float64."""
+    inside.refuse("A sum over many points of each example")
     shapes = [[size, *t.shape[1:]] for t in terms]
     return [tf.Variable(tf.zeros(shape, tf.float64), trainable=False) for shape in shapes]
 

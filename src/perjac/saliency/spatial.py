@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import sites
+from perjac import host, sites
 from perjac.engine import Engine
 from perjac.errors import InputError, UnknownNameError
 from perjac.inputs import Batch
@@ -291,5 +291,6 @@ def _weights(old: int, new: int, how: str) -> np.ndarray:
         found[np.arange(new), left] = 1 - share
         found[np.arange(new), np.minimum(left + 1, old - 1)] += share
         return found
-    unit = tf.eye(old)[None, :, :, None]
-    return np.asarray(tf.image.resize(unit, [new, old], how))[0, :, :, 0]
+    with host.lifted():
+        unit = tf.eye(old)[None, :, :, None]
+        return np.asarray(tf.image.resize(unit, [new, old], how))[0, :, :, 0]
