@@ -34,10 +34,16 @@ def before_link(program: Program, tensor: str) -> tuple[str, str]:
 
     ("", "") if it has none.
     """
-    op = program.graph.get_tensor_by_name(tensor).op
+    before, link = link_of(program.graph.get_tensor_by_name(tensor))
+    return ("" if before is None else before.name), link
+
+
+def link_of(output: Any) -> tuple[Any, str]:
+    """Return the tensor that a final softmax or sigmoid is taken of, and its type; or (None, "")."""
+    op = output.op
     while op.type in _PASSING:
         op = op.inputs[0].op
-    return (op.inputs[0].name, op.type) if op.type in _LINKS else ("", "")
+    return (op.inputs[0], op.type) if op.type in _LINKS else (None, "")
 
 
 class Names:

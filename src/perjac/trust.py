@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
 from perjac import export, inputs, seeds
-from perjac.errors import InputError, check_counts, check_one_of
+from perjac.errors import InputError, PerjacError, check_counts, check_one_of
 from perjac.inspection import Inspection
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
+from perjac.reference import Live
 from perjac.shapes import size
 from perjac.traces import LOSS, Traces
 from perjac.verification import Verification, verify
@@ -88,20 +90,51 @@ class Trust:
         Returns
         -------
         Verification
-            With `passed` and the worst error of each weight.
+            With `verdict`, `passed` and the error of each weight.
+
+        Notes
+        -----
+        The reference is the model itself, not perjac's trace of it: its layers computing in
+        float64, a fresh trace of it in float64, or, where neither runs, a tape in its own type.
+        Where outputs are saturated, so that plain TensorFlow loses their gradients to rounding, the
+        comparison is made before the final softmax or sigmoid, and the note says so. Where that
+        does not help, the verdict is "undecided" and `passed` is False.
         """
         batch = self.traces.prepare(x)
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
+        found = self._compared(batch, of, rtol)
+        if found.verdict == "undecided" and of is None and self._has_logits(batch):
+            before = self._compared(batch, "logits", rtol)
+            if before.verdict != "undecided":
+                note = "The outputs are saturated: compared before the final softmax or sigmoid."
+                return dataclasses.replace(before, note=f"{note} {before.note}".strip())
+        return found
+
+    def _has_logits(self, batch: inputs.Batch) -> bool:
+        try:
+            self.traces.of(batch)[1].head("logits")
+        except PerjacError:
+            return False
+        return True
+
+    def _compared(self, batch: inputs.Batch, of: Any, rtol: float | None) -> Verification:
+        """Compare the Jacobian of one output with the live model's."""
         traced, names = self.traces.of(batch)
-        head = names.head(of)
-        reference = traced.plain
+        head, sources = names.head(of), names.sources("weights")
+        logits = not traced.has_output(head)  # then it lies before the only output's end
+        live = Live(
+            traced.model(names.head(None) if logits else head),
+            traced.layer,
+            traced.program.weights,
+            [s.index for s in sources],
+            logits,
+        )
         return verify(
-            reference,
-            traced.program.counterpart(head, reference),
-            traced.model(head),
+            live,
             batch,
-            names.sources("weights"),
+            sources,
+            size(traced.row_shape(head)),
             lambda part, rows: self.jacobian(part, of=of, outputs=rows),
             rtol,
         )
