@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import host, precision
+from perjac.errors import InputError
 from perjac.naming import link_of
 from perjac.normalise import flatten
 from perjac.sites import upstream
@@ -49,10 +50,11 @@ class Live:
     chosen: Sequence[int]
     logits: bool = False
 
-    def output(self, inputs: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Return the output that is differentiated, in a graph being built."""
+    def outputs(self, inputs: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the output, and what of it is differentiated, in a graph being built."""
         output = self.call(inputs)
-        return _before_link(output) if self.logits else output
+        wanted = before_link(output) if self.logits else output
+        return output, tf.reshape(wanted, [-1])
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -67,7 +69,7 @@ class Reference:
     Attributes
     ----------
     run : callable
-        (inputs, number of the entry) to the flat output and each weight's gradient.
+        (inputs, number of the entry) to the model's output and each weight's gradient.
     copies : list of tf.Variable or None
         The values in float64 that it reads in place of the model's own.
     told : str
@@ -112,8 +114,8 @@ def plain(live: Live) -> Reference:
     def gradient(inputs: list[tf.Tensor], entry: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape() as tape:
             tape.watch(variables)
-            output = tf.reshape(live.output(inputs), [-1])
-            number = output[entry]
+            output, wanted = live.outputs(inputs)
+            number = wanted[entry]
         gradients = tape.gradient(number, variables)
         return output, [_or_zeros(g, v) for g, v in zip(gradients, variables, strict=True)]
 
@@ -198,11 +200,10 @@ def _widened_layers(live: Live) -> Reference:
             tape.watch(wanted)
             values = [(v, tf.convert_to_tensor(copy)) for v, copy in pairs]
             with host.computing_in_float64(live.layer, values):
-                output = live.output([precision.widened(t) for t in inputs])
-            if output.dtype != tf.float64:
-                raise TypeError(f"a layer insists on {output.dtype.name}")
-            output = tf.reshape(output, [-1])
-            number = output[entry]
+                output, wanted = live.outputs([precision.widened(t) for t in inputs])
+            if wanted.dtype != tf.float64:
+                raise TypeError(f"a layer insists on {wanted.dtype.name}")
+            number = wanted[entry]
         gradients = tape.gradient(number, wanted)
         return output, [_or_zeros(g, v) for g, v in zip(gradients, wanted, strict=True)]
 
@@ -214,17 +215,18 @@ def _widened_graph(live: Live, program: Program) -> Reference:
     """Return the graph of a fresh trace of the live model, its floating types made float64."""
     copies = _copies(live)
     graph_def = precision.raised(program.graph_def)
-    head = program.heads["output"]
-    if live.logits:  # which a fresh trace differentiates the outputs of
-        head = _before_link(program.graph.get_tensor_by_name(head)).name
+    heads = [program.heads["output"]] * 2
+    if live.logits:
+        heads[1] = before_link(program.graph.get_tensor_by_name(heads[0])).name
 
     def gradient(inputs: list[tf.Tensor], entry: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         read = [tf.convert_to_tensor(copy) for copy in copies]
-        output = tf.reshape(_replayed(program, graph_def, copies, inputs, read, head), [-1])
+        found = _replayed(program, graph_def, copies, inputs, read, heads)
+        output, wanted = found[heads[0]], tf.reshape(found[heads[1]], [-1])
         graph = tf.compat.v1.get_default_graph()
         # Through the handles, so that values read inside a loop count as well; all in one pass.
         handles = [host.capture(graph, copies[n].handle) for n in live.chosen]
-        gradients = tf.gradients(output[entry], handles)
+        gradients = tf.gradients(wanted[entry], handles)
         pairs = zip(live.chosen, gradients, strict=True)
         return output, [_or_zeros(g, read[n]) for n, g in pairs]
 
@@ -238,8 +240,8 @@ def _replayed(
     copies: Sequence[tf.Variable],
     inputs: Sequence[tf.Tensor],
     values: Sequence[tf.Tensor],
-    head: str,
-) -> Any:
+    names: Sequence[str],
+) -> dict[str, Any]:
     """Run the widened graph on inputs, constants and variables in float64."""
     graph = tf.compat.v1.get_default_graph()
     feed = dict(zip(program.inputs, map(precision.widened, inputs), strict=True))
@@ -249,13 +251,23 @@ def _replayed(
     for name, number in program.handles.items():
         feed[name] = host.capture(graph, copies[number].handle)
     feed |= {name: values[number] for name, number in program.reads.items()}
-    return import_program(graph_def, feed, [head])[head]
+    return import_program(graph_def, feed, names)
 
 
-def _before_link(output: Any) -> Any:
+def before_link(output: Any) -> Any:
+    """Return what an output's final softmax or sigmoid is taken of.
+
+    Raises
+    ------
+    InputError
+        If it is not in the graph itself.
+    """
     before, _ = link_of(output)
     if before is None:
-        raise ValueError("the output's final softmax or sigmoid is out of sight")
+        raise InputError(
+            "The final softmax or sigmoid lies inside a function, where what comes before it "
+            "cannot be compared: name a layer or output with of=."
+        )
     return before
 
 
