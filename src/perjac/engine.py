@@ -24,6 +24,7 @@ from perjac.traces import LOSS, Traces
 from perjac.trust import Trust
 
 _OPTIONS = {
+    "training": (True, False),
     "path": ("auto", "factored", "tape"),
     "jit": ("auto", True, False),
     "autotune": (True, False),
@@ -99,7 +100,10 @@ class Engine(Trust):
         autotune: bool = False,
         independence: str = "check",
     ):
-        given = {"path": path, "jit": jit, "autotune": autotune, "independence": independence}
+        given = {
+            "training": training, "path": path, "jit": jit, "autotune": autotune,
+            "independence": independence,
+        }  # fmt: skip
         for name, value in given.items():
             check_one_of(value, _OPTIONS[name], name)
         memory.limit(memory_limit)  # refuses what it cannot read

@@ -192,20 +192,20 @@ def _floating(copies: Sequence[tf.Variable]) -> list[tf.Variable]:
 def _widened_layers(live: Live) -> Reference:
     """Return the live Keras model, each of its layers told to compute in float64."""
     copies = _copies(live)
-    wanted = [copies[n] for n in live.chosen]
+    sources = [copies[n] for n in live.chosen]
     pairs = list(zip(live.weights.variables, copies, strict=True))
 
     def gradient(inputs: list[tf.Tensor], entry: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape() as tape:
-            tape.watch(wanted)
+            tape.watch(sources)
             values = [(v, tf.convert_to_tensor(copy)) for v, copy in pairs]
             with host.computing_in_float64(live.layer, values):
                 output, wanted = live.outputs([precision.widened(t) for t in inputs])
             if wanted.dtype != tf.float64:
                 raise TypeError(f"a layer insists on {wanted.dtype.name}")
             number = wanted[entry]
-        gradients = tape.gradient(number, wanted)
-        return output, [_or_zeros(g, v) for g, v in zip(gradients, wanted, strict=True)]
+        gradients = tape.gradient(number, sources)
+        return output, [_or_zeros(g, v) for g, v in zip(gradients, sources, strict=True)]
 
     told = "the model itself, its layers computing in float64"
     return Reference(host.compiled(gradient), _floating(copies), told)

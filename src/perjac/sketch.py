@@ -126,6 +126,12 @@ def draw(
     return _drawn(wanted, dim, seed, kind, dtype)
 
 
+def drawn(sides: Mapping[str, Sequence[Side]], dim: int, kind: str) -> int:
+    """Return how many numbers `draw` draws, or a count sketch lays out."""
+    lengths = [math.prod(n for _, n, _ in side) for found in sides.values() for side in found]
+    return 2 * sum(lengths) if kind == "sparse" else int(dim) * sum(lengths)
+
+
 @functools.lru_cache(maxsize=1)  # a data set is projected batch by batch with the same numbers
 def _drawn(
     wanted: tuple, dim: int, seed: int, kind: str, dtype: tf.DType

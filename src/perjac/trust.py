@@ -8,11 +8,18 @@ import warnings
 from typing import Any
 
 from perjac import export, inputs, seeds
-from perjac.errors import DisconnectedWarning, InputError, PerjacError, check_counts, check_one_of
+from perjac.errors import (
+    DisconnectedWarning,
+    InputError,
+    NotPicklableError,
+    PerjacError,
+    check_counts,
+    check_one_of,
+)
 from perjac.inspection import Inspection
+from perjac.live_model import Live
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
-from perjac.live_model import Live
 from perjac.shapes import size
 from perjac.traces import LOSS, Traces
 from perjac.verification import Verification, verify
@@ -35,6 +42,12 @@ class Trust:
     def jacobian(self, x: Any, *, of: Any = None, outputs: Any = None) -> Any:
         """Differentiate each example's outputs."""
         raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotPicklableError(
+            "An engine cannot be pickled or copied: it holds compiled programs. Pickle the model, "
+            "or the path of its file, and make the Engine anew there."
+        )
 
     def inspect(
         self, batch_size: int = 32, *, x: Any = None, of: Any = None, measure: bool = False
