@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, inputs, memory, seeds
+from perjac import binding, blame, inputs, memory, seeds
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
@@ -397,7 +397,8 @@ class Engine(Trust):
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
             traced.check_shapes(head)
-            traced.check_data(head, sources, batch)
+            with blame.blamed(traced.program, head, batch):
+                traced.check_data(head, sources, batch)
         chosen = seeds.make(
             asked.get("outputs"),
             asked.get("cotangents"),
@@ -406,9 +407,10 @@ class Engine(Trust):
             traced.dtype(head),
         )
         try:
-            result, answers = traced.answers(
-                head, sources, batch, chosen, self.memory_limit, question
-            )
+            with blame.blamed(traced.program, head, batch):
+                result, answers = traced.answers(
+                    head, sources, batch, chosen, self.memory_limit, question
+                )
         except NotForXla as failure:
             self.traces.without_xla(str(failure))
             return self._derived(batch, objective, of, wrt, question, **asked)
@@ -442,5 +444,6 @@ class Engine(Trust):
         head = names.head(of)
         if self._check:
             traced.check_shapes(head)
-            traced.check_data(head, [], batch)
+            with blame.blamed(traced.program, head, batch):
+                traced.check_data(head, [], batch)
         return traced, head

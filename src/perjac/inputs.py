@@ -350,6 +350,8 @@ def _tensor(
     if spec is not None:
         tensor = checks.cast(tensor, spec.dtype, what)
         _check_shape(tensor, name, spec)
+    elif not is_input and tensor.dtype.is_complex and not (dtype or tensor.dtype).is_complex:
+        raise InputError(f"{what} is complex. Expected real numbers.")
     elif dtype not in (None, tensor.dtype) and tensor.dtype.is_floating:
         tensor = tf.cast(tensor, dtype)
     if tensor.shape.rank == 0:

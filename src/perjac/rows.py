@@ -265,11 +265,8 @@ class Rows(Mapping):
         check_one_of(kind, sketch.KINDS, "kind")
         places = {key: source.place for key, source in self._sources.items()}
         sides = {places[key]: factor.sides for key, factor in self._factors.items()}
-        numbers = self.shape[0] * self._count * dim + sketch.drawn(sides, dim, kind)
-        memory.check(
-            numbers * self._held.size, self._memory_limit, f"Projecting to {dim:,} numbers",
-            'Choose a smaller dim=; kind="sparse" draws less.',
-        )  # fmt: skip
+        rows = self.shape[0] * self._count
+        sketch.check(sides, int(dim), kind, rows, self._held, self._memory_limit)
         by_place = sketch.draw(sides, int(dim), seed, kind, self._held)
         drawn = {key: by_place[places[key]] for key in self._factors}
         return self._shown(query(_projected)(self._factors, drawn))

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import device, host, memory
+from perjac import blame, device, host, memory
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -45,7 +45,7 @@ def _failing(last: bool) -> Iterator[None]:
     except (NotForXla, tf.errors.ResourceExhaustedError):
         raise
     except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
-        if last:
+        if last or blame.is_users(failure):
             raise
         raise _Failed from failure
 
@@ -132,8 +132,14 @@ class Traced(Examined):
         runs = load.runs(batch.size, room)
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
-        parts = [job.run(part.tensors, nothing)[0] for part in batches]
-        return joined(parts)
+        with blame.blamed(self.program, head, batch):
+            found = [job.run(part.tensors, nothing) for part in batches]
+        if self._looks_up(head) and not all(fine.numpy().all() for _, _, fine in found):
+            blame.check_ids(self.program, head, batch)
+        return joined([output for output, _, _ in found])
+
+    def _looks_up(self, head: str) -> bool:
+        return self.once(("looks up", head), lambda: bool(blame.lookups(self.program, head)))
 
     def answers(
         self,
@@ -164,7 +170,7 @@ class Traced(Examined):
         if (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
-                self._check_finite(batch, fine)
+                self._check_finite(head, batch, fine)
                 return output, {s.key: answers[s.key] for s in sources}
         task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
         nothing = functools.partial(zero, batch=batch.size, count=chosen.count, dtype=task.dtype)
@@ -186,7 +192,7 @@ class Traced(Examined):
             seeds = chosen if whole else chosen.part(where)
             with _failing(last):
                 output, answers, fine = self._sweep(task, part, seeds)
-            self._check_finite(batch, fine)
+            self._check_finite(head, batch, fine)
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
@@ -414,8 +420,11 @@ class Traced(Examined):
             ),
         )
 
-    def _check_finite(self, batch: Batch, fine: tf.Tensor) -> None:
-        """Raise for an input or a variable that is not finite, where a sum over one was not."""
+    def _check_finite(self, head: str, batch: Batch, fine: tf.Tensor) -> None:
+        """Raise for an input or a variable that is not finite, where a sum over one was not.
+
+        And for ids that a table has no row for.
+        """
         finite = fine.numpy()
         if finite.all():
             return
@@ -428,3 +437,5 @@ class Traced(Examined):
                     f"Weight {key!r} has NaN or Inf. The model has probably diverged in "
                     "training: go back to an earlier checkpoint."
                 )
+        if self._looks_up(head):
+            blame.check_ids(self.program, head, batch)

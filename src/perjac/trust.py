@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import pathlib
 import warnings
 from typing import Any
@@ -114,6 +116,8 @@ class Trust:
         comparison is made before the final softmax or sigmoid, and the note says so. Where that
         does not help, the verdict is "undecided" and `passed` is False.
         """
+        if not (rtol is None or _is_positive(rtol)):
+            raise InputError(f"Expected rtol= as a number above zero. Received: {rtol!r}.")
         batch = self.traces.prepare(x)
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
@@ -205,3 +209,8 @@ class Trust:
             traced.check_data(head, sources, batch)
         chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), traced.dtype(head))
         return export.write(path, job, traced, head, sources, batch, chosen)
+
+
+def _is_positive(value: Any) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and 0 < value < math.inf
