@@ -57,19 +57,21 @@ def lookups(program: Program, head: str) -> list[Lookup]:
         return []
     needed = upstream(program, [head])
     found = []
+    op: Any
     for op in program.graph.get_operations():
         if op.name not in needed or op.type not in ("GatherV2", "ResourceGather"):
             continue
-        variable, axis = _table(program, op.inputs[0]), 0
+        variable: Any = _table(program, op.inputs[0])
+        axis: Any = 0
         if op.type == "GatherV2":
             axis = tf.get_static_value(op.inputs[2])
         if variable is None or axis is None or not _comes_from(op.inputs[1], integers):
             continue
-        shape = host.tf_variable(program.weights.variables[variable]).shape
+        shape: Any = host.tf_variable(program.weights.variables[variable]).shape
         if op.type == "GatherV2":
             shape = op.inputs[0].shape
-        if shape.rank and shape[int(axis)] is not None:
-            found.append(Lookup(op.inputs[1].name, int(shape[int(axis)]), variable))
+        if shape.rank and (rows := shape[int(axis)]) is not None:
+            found.append(Lookup(op.inputs[1].name, int(rows), variable))
     return found
 
 

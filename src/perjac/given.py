@@ -202,7 +202,7 @@ def class_weights(given: Mapping[int, float] | None) -> dict[int, float]:
 def check_loss_weights(given: Any) -> None:
     """Raise for loss weights that are no finite numbers, one or a list or dict of them."""
     inside = list(given.values()) if isinstance(given, Mapping) else given
-    each = inside if isinstance(inside, (list, tuple)) else [given]
+    each: list[Any] = list(inside) if isinstance(inside, (list, tuple)) else [given]
     for weight in each:
         try:
             fine = weight is None or math.isfinite(float(weight))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
 import re
@@ -45,8 +44,9 @@ def _bytes(setting: Any) -> int | None:
         return int(float(parts[1]) * _UNITS[parts[2].upper()]) if parts else None
     if isinstance(setting, bool) or not isinstance(setting, numbers.Real):
         return None
-    whole = math.isfinite(setting) and setting == int(setting)
-    return int(setting) if whole else None
+    if isinstance(setting, numbers.Integral):
+        return int(setting)
+    return int(float(setting)) if float(setting).is_integer() else None
 
 
 def available() -> int | None:

@@ -213,4 +213,4 @@ class Trust:
 
 def _is_positive(value: Any) -> bool:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and 0 < value < math.inf
+    return real and 0 < float(value) < math.inf

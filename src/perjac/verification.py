@@ -329,8 +329,10 @@ class _Judged:
             examples,
             rows,
             self._loop.exact.told,
-            *(named[which].tolist() for which in (wrong, unclear, zero)),
-            note.strip(),
+            failed=named[wrong].tolist(),
+            undecided=named[unclear].tolist(),
+            zero=named[zero].tolist(),
+            note=note.strip(),
         )
 
 
