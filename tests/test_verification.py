@@ -102,7 +102,14 @@ SABOTAGED = {
 }
 
 
-@pytest.mark.parametrize("name", SABOTAGED)
+SLOW = ("normed", "pictures", "recurrent", "attention", "rule in a loop", "order in a loop")
+
+
+def quick_and_slow(names):
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in names]
+
+
+@pytest.mark.parametrize("name", quick_and_slow(SABOTAGED))
 def test_every_sabotage_is_seen(monkeypatch, name):
     make, shape, sabotage = SABOTAGED[name]
     model, x = built(make), draw(4, *shape)
@@ -116,7 +123,7 @@ def test_every_sabotage_is_seen(monkeypatch, name):
     assert "FAILED" in str(report)
 
 
-@pytest.mark.parametrize("name", SABOTAGED)
+@pytest.mark.parametrize("name", ["rule", "order", "parametrisation", "trace"])
 def test_the_command_ends_with_status_1_where_something_is_wrong(
     monkeypatch, capfd, tmp_path, name
 ):
@@ -124,10 +131,10 @@ def test_the_command_ends_with_status_1_where_something_is_wrong(
     built(make).save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", draw(4, *shape))
     sabotage(monkeypatch)
-    for data in ([], [str(tmp_path / "x.npy")]):
-        status, said = command(monkeypatch, capfd, str(tmp_path / "model.keras"), *data)
-        assert status == 1, said
-        assert "FAILED" in said
+    data = [] if name == "rule" else [str(tmp_path / "x.npy")]  # or made up
+    status, said = command(monkeypatch, capfd, str(tmp_path / "model.keras"), *data)
+    assert status == 1, said
+    assert "FAILED" in said
 
 
 def command(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
@@ -148,7 +155,7 @@ def test_a_model_changed_after_its_trace_is_not_compared_with_itself():
     assert report.verdict == ("passed" if anew else "failed")
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e3, 1e6, 1e20])
+@pytest.mark.parametrize("scale", [1e-30, 1e6])
 @pytest.mark.parametrize("name", ["rule", "trace"])
 def test_a_sabotage_is_not_taken_for_rounding(monkeypatch, name, scale):
     make, shape, sabotage = SABOTAGED[name]
@@ -199,7 +206,7 @@ def examples(name: str, scale: float = 1.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("policy", ["float32", "float64", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", quick_and_slow(RIGHT))
 def test_a_right_model_passes_in_every_type(name, policy):
     usual = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -214,8 +221,8 @@ def test_a_right_model_passes_in_every_type(name, policy):
     assert model.dtype_policy.name == policy  # which the model has back
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-4, 1e3, 1e6, 1e12, 1e30])
-@pytest.mark.parametrize("name", [name for name in RIGHT if name != "words"])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e3, 1e6, 1e30])
+@pytest.mark.parametrize("name", quick_and_slow(name for name in RIGHT if name != "words"))
 def test_no_scale_of_the_examples_makes_a_right_model_fail(name, scale):
     report = pj.Engine(built(RIGHT[name][0])).verify(examples(name, scale))
     assert report.verdict != "failed", str(report)
