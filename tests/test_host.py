@@ -199,3 +199,20 @@ def test_a_users_function_does_not_rewrite_our_python():
     assert written == [(2, 3)]
     rule = host.autograph.CONVERSION_RULES[0]
     assert rule.matches("perjac.engine")
+def test_layers_compute_in_float64_inside_the_block_alone():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, dtype="mixed_bfloat16"), keras.layers.Dense(2)]
+    )
+    x = tf.constant(np.random.default_rng(0).standard_normal((4, 3)))
+    values = [(v, tf.cast(v.value, tf.float64) + 1 / 3) for v in model.variables]
+    policies = [layer.dtype_policy.name for layer in model.layers]
+    with host.computing_in_float64(model, values):
+        found = model(tf.cast(x, tf.float32))
+    a, b, c, d = (value for _, value in values)
+    x = tf.cast(tf.cast(x, tf.float32), tf.float64)
+    np.testing.assert_allclose(found, (x @ a + b) @ c + d, rtol=1e-14)
+    assert [layer.dtype_policy.name for layer in model.layers] == policies
+    assert model(x).dtype == tf.float32
+    assert host.is_keras_variable(model.variables[0])
+    assert not host.is_keras_variable(tf.Variable(1.0))

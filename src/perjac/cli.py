@@ -38,7 +38,11 @@ Raw = Annotated[bool, typer.Option("--raw", help="Keep images at 0 to 255, not 0
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 verification failed, 2 bad input, 130 interrupted."""
+    """Run the command line.
+
+    Status 0: done; 1: verification failed; 2: bad input; 3: verification could not tell; 130:
+    interrupted.
+    """
     try:
         status = app(standalone_mode=False)
         if status == 130:  # Typer's own in place of a KeyboardInterrupt
@@ -173,17 +177,20 @@ def verify(
     allow_code: Code = False,
     log: Log = None,
 ) -> None:
-    """Compare the Jacobian with a plain float64 loop; exit status 1 if they differ."""
+    """Compare the Jacobian with the model's own gradients in float64.
+
+    Exit status 1 if they differ, 3 if the examples do not tell.
+    """
     with _engine(model, signature, log, allow_code) as (screen, engine):
         if data is None:
-            screen.say("No data given: verifying on 4 made-up examples.")
-            x = engine.made_up(4)
+            from perjac.commands.verification import on_made_up
+
+            report = on_made_up(engine, screen.say)
         else:
-            x = _read(screen, engine, data, raw).part(0, 8)
-        report = engine.verify(x)
+            report = engine.verify(_read(screen, engine, data, raw).part(0, 8))
         screen.say(str(report))
     if not report.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if report.verdict == "failed" else 3)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, inputs, inside, laid, memory, seeds
+from perjac import binding, blame, inputs, inside, laid, memory, seeds
 from perjac.added_losses import LOSS
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
@@ -24,6 +24,7 @@ from perjac.traces import Traces
 from perjac.trust import Trust
 
 _OPTIONS = {
+    "training": (True, False),
     "path": ("auto", "factored", "tape"),
     "jit": ("auto", True, False),
     "autotune": (True, False),
@@ -99,7 +100,10 @@ class Engine(Trust):
         autotune: bool = False,
         independence: str = "check",
     ):
-        given = {"path": path, "jit": jit, "autotune": autotune, "independence": independence}
+        given = {
+            "training": training, "path": path, "jit": jit, "autotune": autotune,
+            "independence": independence,
+        }  # fmt: skip
         for name, value in given.items():
             check_one_of(value, _OPTIONS[name], name)
         memory.limit(memory_limit)  # refuses what it cannot read
@@ -395,7 +399,8 @@ class Engine(Trust):
         head, sources = names.head(of), names.sources(wrt)
         if self._check:
             traced.check_graph(head)
-            traced.check_data(head, batch)
+            with blame.blamed(traced.program, head, batch):
+                traced.check_data(head, batch)
         traced.check_sources(head, sources)
         chosen = seeds.make(
             asked.get("outputs"),
@@ -405,9 +410,10 @@ class Engine(Trust):
             traced.dtype(head),
         )
         try:
-            result, answers = traced.answers(
-                head, sources, batch, chosen, self.memory_limit, question
-            )
+            with blame.blamed(traced.program, head, batch):
+                result, answers = traced.answers(
+                    head, sources, batch, chosen, self.memory_limit, question
+                )
         except NotForXla as failure:
             self.traces.without_xla(str(failure))
             return self._derived(batch, objective, of, wrt, question, **asked)
@@ -443,5 +449,6 @@ class Engine(Trust):
         head = names.head(of)
         if self._check:
             traced.check_graph(head)
-            traced.check_data(head, batch)
+            with blame.blamed(traced.program, head, batch):
+                traced.check_data(head, batch)
         return traced, head

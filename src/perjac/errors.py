@@ -69,6 +69,14 @@ class TooLargeError(PerjacError, MemoryError):
     """A result that does not fit into the memory limit."""
 
 
+class NoGradientError(PerjacError, LookupError):
+    """The output depends on an operation that TensorFlow has no gradient for."""
+
+
+class NotPicklableError(PerjacError, TypeError):
+    """An engine was to be pickled or copied."""
+
+
 class NotPositiveError(PerjacError, ArithmeticError, ValueError):
     """A matrix that has to be positive definite, or semi-definite, and is not."""
 
@@ -148,7 +156,8 @@ def check_one_of(value: Any, known: Sequence[Any], name: str) -> None:
     InputError
         Naming the option and those that there are.
     """
-    if value not in known:
+    # 0 is not False, nor 1 True; and an array is equal to nothing.
+    if not any(isinstance(value, type(one)) and value == one for one in known):
         raise InputError(f"Expected {name}= one of {known}. Received: {value!r}.")
 
 

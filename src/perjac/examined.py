@@ -177,6 +177,16 @@ class Examined:
             return "path='tape' was asked for"
         return self._refused.get(head, "")
 
+    @property
+    def layer(self) -> Any:
+        """The Keras model or layer that is called, or None."""
+        return self._callee.model
+
+    def has_output(self, head: str) -> bool:
+        """Tell whether a tensor is a head or a layer's output, which `model` can return."""
+        program = self.program
+        return head in program.heads.values() or any(head in t for t in program.taps.values())
+
     def model(self, head: str) -> Callable[..., tf.Tensor]:
         """Return the model itself, as a function of the flattened inputs to one output."""
         find = finder(self.program, head)

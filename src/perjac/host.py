@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -402,6 +402,33 @@ def operations_within(model: Any) -> list[Any]:
         for operation in getattr(part, "operations", []):
             found.setdefault(id(operation), operation)
     return list(found.values())
+
+
+def is_keras_variable(thing: Any) -> bool:
+    """Tell whether `thing` is a variable of Keras's own."""
+    return isinstance(thing, keras.Variable)
+
+
+@contextlib.contextmanager
+def computing_in_float64(model: Any, values: Sequence[tuple[Any, tf.Tensor]]) -> Iterator[None]:
+    """Let a Keras model compute in float64 inside the block, on other values of its variables.
+
+    `Layer._dtype_policy` (Keras 3.0) without the setter, which may quantise; and
+    `StatelessScope.state_mapping` (3.0), as its constructor casts to the variables' own types.
+    """
+    wide = keras.dtype_policies.DTypePolicy("float64")
+    layers = [layer for layer in [model, *operations_within(model)] if is_layer(layer)]
+    usual = [layer._dtype_policy for layer in layers]
+    scope = keras.StatelessScope(initialize_variables=False)
+    scope.state_mapping = {id(variable): value for variable, value in values}
+    try:
+        for layer in layers:
+            object.__setattr__(layer, "_dtype_policy", wide)
+        with scope:
+            yield
+    finally:
+        for layer, policy in zip(layers, usual, strict=True):
+            object.__setattr__(layer, "_dtype_policy", policy)
 
 
 def is_layer(thing: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import given as checks
 from perjac.errors import InputError, NotFiniteError
 from perjac.shapes import known
 
@@ -237,6 +238,7 @@ def prepare(
     """
     if isinstance(x, Batch):  # which was prepared before
         return x
+    checks.check_is_batch(x, "x" if called == "inputs" else called)
     if isinstance(x, Call):
         alone = len(x.positional) == 1
         first = prepare(x.positional[0] if alone else x.positional, expected, dtype)
@@ -248,7 +250,7 @@ def prepare(
         _check_sizes(tensors, names)
         return Batch(tensors, names, structure)
     if isinstance(x, (list, tuple)) and _is_one_array(x, len(expected)):
-        x = np.asarray(x)
+        x = _as_array(x, called)
     elif isinstance(x, (list, tuple)) and len(x) == len(expected) == 1:
         x = x[0]
     structure, leaves = _taken_apart(x)
@@ -271,6 +273,15 @@ def _taken_apart(x: Any) -> tuple[Any, list[Any]]:
     if isinstance(x, (tf.Tensor, np.ndarray)):  # what most are; asking tf.nest takes 10 µs
         return 0, [x]
     return tf.nest.map_structure(lambda leaf: 0, x), tf.nest.flatten(x)
+
+
+def _as_array(x: Sequence[Any], called: str) -> np.ndarray:
+    """Return nested lists of numbers as one array."""
+    try:
+        return np.asarray(x)
+    except ValueError as failure:  # of several lengths
+        what = f"{_kind(called == 'inputs')} {called!r}"
+        raise InputError(f"{what} is no array of numbers: {failure}") from failure
 
 
 def _packed(structure: Any, leaves: Sequence[Any]) -> Any:
@@ -324,7 +335,9 @@ def _tensor(
             f".to_tensor() and a mask, or tf.sparse.to_dense()."
         )
     try:
-        tensor = tf.convert_to_tensor(leaf)
+        tensor = tf.convert_to_tensor(checks.array(leaf, what))
+    except InputError:
+        raise
     except (ValueError, TypeError) as failure:
         raise InputError(f"{what} is no array of numbers: {failure}") from failure
     if tensor.dtype == tf.string:
@@ -335,8 +348,10 @@ def _tensor(
         )
         raise InputError(f"{what} holds text. {instead}")
     if spec is not None:
-        tensor = tensor if tensor.dtype == spec.dtype else tf.cast(tensor, spec.dtype)
+        tensor = checks.cast(tensor, spec.dtype, what)
         _check_shape(tensor, name, spec)
+    elif not is_input and tensor.dtype.is_complex and not (dtype or tensor.dtype).is_complex:
+        raise InputError(f"{what} is complex. Expected real numbers.")
     elif dtype not in (None, tensor.dtype) and tensor.dtype.is_floating:
         tensor = tf.cast(tensor, dtype)
     if tensor.shape.rank == 0:

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from perjac import closures, host
+from perjac import closures, given, host
 from perjac.errors import ExamplesMeetError, InputError, OutOfRangeError, UnknownNameError, nearest
 from perjac.precision import at_least_float32
 from perjac.reduction import reduced
@@ -90,7 +90,8 @@ class Objective:
         self, loss: Any, loss_weights: Any = None, class_weight: Mapping[int, float] | None = None
     ):
         self._loss, self._loss_weights = loss, loss_weights
-        self._class_weight = _classes(class_weight)
+        self._class_weight = given.class_weights(class_weight)
+        given.check_loss_weights(loss_weights)
         self._heads: list[str] = []
         self._terms: dict[Any, list[Term]] = {}  # by the shapes of the labels, once traced
         weights = loss_weights is not None and json.dumps(loss_weights, sort_keys=True, default=str)
@@ -141,15 +142,16 @@ class Objective:
         for term in terms:
             if term.classes is None:
                 continue
-            given = np.asarray(self._dealt(y, terms, "y")[term.head])
-            fine = (given >= 0) & (given < term.classes)
+            labels = np.asarray(self._dealt(y, terms, "y")[term.head])
+            given.check_classes(labels, term.name)
+            fine = (labels >= 0) & (labels < term.classes)
             if not fine.all():
                 ignored = host.loss_options(term.loss).get("ignore_class")
-                fine |= given == ignored if ignored is not None else False
+                fine |= labels == ignored if ignored is not None else False
             if not fine.all():
                 place = np.argwhere(~fine)[0]
                 raise OutOfRangeError(
-                    f"Label {given[tuple(place)]:g} of example {place[0]} is out of range: the "
+                    f"Label {labels[tuple(place)]:g} of example {place[0]} is out of range: the "
                     f"output {term.head!r} has {term.classes} classes, 0 to {term.classes - 1}."
                 )
 
@@ -365,17 +367,6 @@ def _only(given: Any, what: str) -> Any:
             f"Received: {len(given)}."
         )
     return next(iter(given.values() if isinstance(given, Mapping) else given))
-
-
-def _classes(given: Mapping[int, float] | None) -> dict[int, float]:
-    if given is None:
-        return {}
-    try:
-        return {int(label): float(weight) for label, weight in sorted(given.items())}
-    except (AttributeError, TypeError, ValueError) as failure:
-        raise InputError(
-            f"Expected class_weight= as {{class: weight}}. Received: {given!r}."
-        ) from failure
 
 
 def is_nested(loss: Any) -> bool:

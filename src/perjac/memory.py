@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
+from typing import Any
 
 from perjac.errors import InputError, TooLargeError
 
@@ -23,14 +25,28 @@ def limit(setting: int | str | None) -> int | None:
     if setting is None:
         free = available()
         return None if free is None else int(_SHARE * free)
-    if isinstance(setting, str):
-        parts = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)i?B?\s*", setting, re.IGNORECASE)
-        if not parts:
-            raise InputError(f"Expected memory_limit like '4GiB' or bytes. Received: {setting!r}.")
-        setting = int(float(parts[1]) * _UNITS[parts[2].upper()])
-    if not isinstance(setting, int) or setting <= 0:
-        raise InputError(f"Expected memory_limit above zero. Received: {setting!r}.")
+    given, setting = setting, _bytes(setting)
+    if setting is None:
+        raise InputError(
+            f"Expected memory_limit like '4GiB', or a whole number of bytes. Received: {given!r}."
+        )
+    if setting <= 0:
+        raise InputError(f"Expected memory_limit above zero. Received: {given!r}.")
     return setting
+
+
+def _bytes(setting: Any) -> int | None:
+    """Return a size in bytes, or None for what is none."""
+    if isinstance(setting, str):
+        parts = re.fullmatch(
+            r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([KMGT]?)i?B?\s*", setting, re.IGNORECASE
+        )
+        return int(float(parts[1]) * _UNITS[parts[2].upper()]) if parts else None
+    if isinstance(setting, bool) or not isinstance(setting, numbers.Real):
+        return None
+    if isinstance(setting, numbers.Integral):
+        return int(setting)
+    return int(float(setting)) if float(setting).is_integer() else None
 
 
 def available() -> int | None:

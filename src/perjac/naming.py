@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from perjac import host
 from perjac.errors import InputError, IntegerInputError, UnknownNameError, nearest
@@ -34,10 +35,20 @@ def before_link(program: Program, tensor: str) -> tuple[str, str]:
 
     ("", "") if it has none.
     """
-    op = program.graph.get_tensor_by_name(tensor).op
+    before, link = link_of(program.graph.get_tensor_by_name(tensor))
+    return ("" if before is None else before.name), link
+
+
+def _is_name(of: Any) -> bool:
+    return isinstance(of, (str, int, np.integer))
+
+
+def link_of(output: Any) -> tuple[Any, str]:
+    """Return what a final softmax or sigmoid is taken of, and its type; or (None, "")."""
+    op = output.op
     while op.type in _PASSING:
         op = op.inputs[0].op
-    return (op.inputs[0].name, op.type) if op.type in _LINKS else ("", "")
+    return (op.inputs[0], op.type) if op.type in _LINKS else (None, "")
 
 
 class Names:
@@ -70,6 +81,12 @@ class Names:
         program = self._program
         if isinstance(of, Activation):
             return program.tap(of)
+        if isinstance(of, bool) or not (of is None or host.is_layer(of) or _is_name(of)):
+            raise InputError(
+                "Expected of= as an output's name or number, a layer, or pj.activation(name). "
+                f"Received: {of!r}."
+            )
+        of = int(of) if isinstance(of, np.integer) else of
         if of == "logits" and of not in program.heads and of not in program.taps:
             found, _ = before_link(program, program.head(None))
             if not found:

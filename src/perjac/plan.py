@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import compiling, host, rules
+from perjac import blame, compiling, host, rules
 from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.layout import Relabelling
@@ -275,6 +275,7 @@ class Job:
         (self._kind, self._count), self._route = signature, route
         self._wanted = {d.source.index: d.source for d in decisions}
         self._sites = sites_of(decisions)
+        self._lookups = blame.lookups(program, head)
         self.run = host.compiled(
             self._for_xla if jit else self.body,
             input_signature=self._signature(),
@@ -297,7 +298,10 @@ class Job:
             return self.body(inputs, payload)
 
     def body(self, inputs: list[tf.Tensor], payload: tf.Tensor) -> Any:
-        """Return (output, the answers by key, which inputs and variables are finite)."""
+        """Return (output, the answers by key, which inputs and variables are finite).
+
+        And after these which lookups have rows for all of their ids.
+        """
         program = self._program
         numbers = sorted(set(program.reads.values()) | set(self._wanted))
         values = {
@@ -305,7 +309,8 @@ class Job:
         }
         places = [program.stand_in(s.operation).cotangent for s in self._sites]
         operations = [s.operation for s in self._sites]
-        names = [self._head, *operations, *places, *self._route.names]
+        ids = [one.ids for one in self._lookups]
+        names = [self._head, *operations, *places, *self._route.names, *ids]
         found = program.replay(inputs, values, names, quick=True)
         output, batch = found[self._head], tf.shape(inputs[0])[0]
         for name in {self._head, *self._route.places} & program.extents.keys():
@@ -326,7 +331,10 @@ class Job:
         }
         factors |= self._weights(bound, [swept[name] for name in places], values)
         answers = self._question(factors)
-        return output, answers, _finite([*inputs, *values.values()])
+        fine = _finite([*inputs, *values.values()])
+        if self._lookups:  # which a card and XLA do not look at
+            fine = tf.concat([fine, blame.within(self._lookups, found)], 0)
+        return output, answers, fine
 
     def _weights(
         self,

@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, Self
 
+import numpy as np
 import tensorflow as tf
 
-from perjac import memory, sketch
+from perjac import given, memory, sketch
 from perjac.combination import held_in
 from perjac.errors import InputError, UnknownNameError, check_counts, check_one_of, nearest
 from perjac.explanation import Explanation
@@ -125,6 +126,16 @@ class Rows(Mapping):
         parts = [tf.reshape(formed[k], [*self._lead, s.size]) for k, s in self._sources.items()]
         return tf.concat([tf.cast(part, self._dtype) for part in parts], -1)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Form everything as one array: `numpy.asarray(rows)` is `rows.matrix()`."""
+        if copy is False:
+            raise ValueError(
+                "The rows are formed when they are asked for, so an array of them is always new: "
+                "leave out copy=False."
+            )
+        formed = self.matrix().numpy()
+        return formed if dtype is None else formed.astype(dtype, copy=False)
+
     def gram(self, other: Self | None = None) -> tf.Tensor:
         """Return all inner products of rows, (*lead, *other's lead).
 
@@ -191,13 +202,13 @@ class Rows(Mapping):
         per_example : bool
             Whether to keep the examples apart: (B, *shape) instead of their sum.
         """
-        u = tf.convert_to_tensor(u)
+        u = given.direction(u, self._held, "u")
         shapes = list(dict.fromkeys([self._lead, (self.shape[0], *self._row_shape)]))
         if tuple(u.shape) not in shapes:
             raise InputError(
                 f"Expected u of shape {' or '.join(map(str, shapes))}. Received: {tuple(u.shape)}."
             )
-        u = tf.cast(tf.reshape(u, [self.shape[0], self._count]), self._held)
+        u = tf.reshape(u, [self.shape[0], self._count])
         return self._ordered(query(weighted_sum, per_example=per_example)(self._factors, u))
 
     def diagonal(self) -> dict[str, tf.Tensor]:
@@ -254,6 +265,8 @@ class Rows(Mapping):
         check_one_of(kind, sketch.KINDS, "kind")
         places = {key: source.place for key, source in self._sources.items()}
         sides = {places[key]: factor.sides for key, factor in self._factors.items()}
+        rows = self.shape[0] * self._count
+        sketch.check(sides, int(dim), kind, rows, self._held, self._memory_limit)
         by_place = sketch.draw(sides, int(dim), seed, kind, self._held)
         drawn = {key: by_place[places[key]] for key in self._factors}
         return self._shown(query(_projected)(self._factors, drawn))
@@ -346,7 +359,10 @@ class Rows(Mapping):
     def _directions(self, v: Any) -> dict[str, tf.Tensor]:
         sources = list(self._sources.values())
         if isinstance(v, Mapping):
-            named = {self._find(key): tf.convert_to_tensor(value) for key, value in v.items()}
+            named = {
+                self._find(key): given.direction(value, self._held, f"v[{key!r}]")
+                for key, value in v.items()
+            }
             if not named:
                 raise InputError("Expected v to have a direction for some source. Received: {}.")
             for source, value in named.items():
@@ -355,17 +371,14 @@ class Rows(Mapping):
                         f"Expected v[{source.key!r}] of shape {source.shape}. "
                         f"Received: {tuple(value.shape)}."
                     )
-            return {source.key: tf.cast(value, self._held) for source, value in named.items()}
-        flat = tf.convert_to_tensor(v)
+            return {source.key: value for source, value in named.items()}
+        flat = given.direction(v, self._held, "v")
         if tuple(flat.shape) != (self.shape[-1],):
             raise InputError(
                 f"Expected v of shape (P,) = ({self.shape[-1]},). Received: {tuple(flat.shape)}."
             )
         parts = tf.split(flat, [source.size for source in sources])
-        return {
-            s.key: tf.cast(tf.reshape(part, s.shape), self._held)
-            for s, part in zip(sources, parts, strict=True)
-        }
+        return {s.key: tf.reshape(part, s.shape) for s, part in zip(sources, parts, strict=True)}
 
     def _check_size(self, size: int, dtype: tf.DType, what: str) -> None:
         shape = (*self._lead, size)

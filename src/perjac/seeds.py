@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import given
 from perjac.errors import InputError, OutOfRangeError
 from perjac.roots import ROOTS
 from perjac.shapes import known
@@ -180,6 +181,7 @@ def make(outputs: Any, cotangents: Any, batch: int, shape: Sequence[int], dtype:
         return Seeds("all", shape, _nothing())
     if tf.is_tensor(outputs) and not tf.executing_eagerly():
         return _no_numbers_yet(outputs, batch, math.prod(shape))
+    outputs = given.array(outputs, "outputs=")
     each = not isinstance(outputs, (list, tuple, range)) and np.ndim(outputs) == 1
     chosen = np.atleast_1d(np.asarray(outputs))
     if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
@@ -236,7 +238,7 @@ def _in_range(chosen: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _directions(cotangents: Any, batch: int, shape: tuple[int, ...], dtype: tf.DType) -> Seeds:
-    u = tf.cast(tf.convert_to_tensor(cotangents), dtype)
+    u = given.direction(cotangents, dtype, "cotangents=")
     if u.shape.rank != 2 + len(shape) or tuple(u.shape[2:]) != shape or u.shape[0] != batch:
         raise InputError(
             f"Expected cotangents of shape (B, K, *output_shape) = ({batch}, K, "

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import host
+from perjac import host, memory
+from perjac.errors import TooLargeError
 from perjac.layout import Piece
 from perjac.shapes import known
 
 KINDS = ("gaussian", "rademacher", "sparse")
+# What TensorFlow's kernels number entries by.
+_COUNTED = 2**31
 Side = tuple[Piece, ...]  # of a weight's axes
 
 
@@ -126,6 +129,31 @@ def draw(
     wanted = tuple((key, tuple(found)) for key, found in sides.items())
     with host.lifted():  # they outlive a function that is being traced
         return _drawn(wanted, dim, seed, kind, dtype)
+
+
+def check(
+    sides: Mapping[str, Sequence[Side]],
+    dim: int,
+    kind: str,
+    rows: int,
+    dtype: tf.DType,
+    memory_limit: Any,
+) -> None:
+    """Raise for projections of so many rows that do not fit, before anything is drawn.
+
+    Raises
+    ------
+    TooLargeError
+        If what is drawn, each weight's projection and their sum take more than the limit, or have
+        more numbers than TensorFlow counts in 32 bits, beyond which it ends the process.
+    """
+    lengths = [math.prod(n for _, n, _ in side) for found in sides.values() for side in found]
+    each = 3 if kind == "sparse" else 1  # a count sketch is laid out and transformed
+    numbers = rows * dim * (1 + each * len(sides)) + sum(lengths) * (2 if kind == "sparse" else dim)
+    what, instead = f"Projecting {rows} rows to {dim:,} numbers", "Choose a smaller dim=."
+    memory.check(numbers * dtype.size, memory_limit, what, instead)
+    if max(rows, *lengths, 1) * dim >= _COUNTED:
+        raise TooLargeError(f"{what} is more than TensorFlow can count at once. {instead}")
 
 
 @functools.lru_cache(maxsize=1)  # a data set is projected batch by batch with the same numbers

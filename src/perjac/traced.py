@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import device, host, inside, memory
+from perjac import blame, device, host, inside, memory
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -46,7 +46,7 @@ def _failing(last: bool) -> Iterator[None]:
     except (NotForXla, tf.errors.ResourceExhaustedError):
         raise
     except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
-        if last:
+        if last or blame.is_users(failure):
             raise
         raise _Failed from failure
 
@@ -136,8 +136,18 @@ class Traced(Examined):
         runs = load.runs(batch.size, room)
         nothing = tf.zeros([0], tf.int32)
         batches = [batch] if len(runs) == 1 else [batch.part(where) for where in runs]
-        parts = [job.run(part.tensors, nothing)[0] for part in batches]
-        return inside.sealed(joined(parts)) if host.is_watched() else joined(parts)
+        with blame.blamed(self.program, head, batch):
+            found = [job.run(part.tensors, nothing) for part in batches]
+        if inside.is_inside():
+            output = joined([part for part, _, _ in found])
+            return inside.sealed(output) if host.is_watched() else output
+        if self._looks_up(head) and not all(fine.numpy().all() for _, _, fine in found):
+            blame.check_ids(self.program, head, batch)
+        output = joined([part for part, _, _ in found])
+        return inside.sealed(output) if host.is_watched() else output
+
+    def _looks_up(self, head: str) -> bool:
+        return self.once(("looks up", head), lambda: bool(blame.lookups(self.program, head)))
 
     def answers(
         self,
@@ -166,7 +176,7 @@ class Traced(Examined):
         if (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
-                self._check_finite(batch, fine)
+                self._check_finite(head, batch, fine)
                 return output, {s.key: answers[s.key] for s in sources}
         with host.lifted():  # what is found out about the graph is no part of a user's
             task, taped = self._task(head, sources, batch.size, chosen, memory_limit, question)
@@ -189,7 +199,7 @@ class Traced(Examined):
             seeds = chosen if whole else chosen.part(where)
             with _failing(last):
                 output, answers, fine = self._sweep(task, part, seeds)
-            self._check_finite(batch, fine)
+            self._check_finite(head, batch, fine)
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
@@ -426,8 +436,11 @@ class Traced(Examined):
             ),
         )
 
-    def _check_finite(self, batch: Batch, fine: tf.Tensor) -> None:
-        """Raise for an input or a variable that is not finite, where a sum over one was not."""
+    def _check_finite(self, head: str, batch: Batch, fine: tf.Tensor) -> None:
+        """Raise for an input or a variable that is not finite, where a sum over one was not.
+
+        And for ids that a table has no row for.
+        """
         if inside.is_inside():
             return
         finite = fine.numpy()
@@ -442,3 +455,5 @@ class Traced(Examined):
                     f"Weight {key!r} has NaN or Inf. The model has probably diverged in "
                     "training: go back to an earlier checkpoint."
                 )
+        if self._looks_up(head):
+            blame.check_ids(self.program, head, batch)

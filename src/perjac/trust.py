@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import numbers
 import pathlib
+import warnings
 from typing import Any
 
 from perjac import export, inputs, inside, seeds
 from perjac.added_losses import LOSS
-from perjac.errors import InputError, check_counts, check_one_of
+from perjac.errors import (
+    DisconnectedWarning,
+    InputError,
+    NotPicklableError,
+    PerjacError,
+    check_counts,
+    check_one_of,
+)
 from perjac.inspection import Inspection
+from perjac.live_model import Live
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.shapes import size
@@ -33,6 +45,12 @@ class Trust:
     def jacobian(self, x: Any, *, of: Any = None, outputs: Any = None) -> Any:
         """Differentiate each example's outputs."""
         raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotPicklableError(
+            "An engine cannot be pickled or copied: it holds compiled programs. Pickle the model, "
+            "or the path of its file, and make the Engine anew there."
+        )
 
     def inspect(
         self, batch_size: int = 32, *, x: Any = None, of: Any = None, measure: bool = False
@@ -90,24 +108,56 @@ class Trust:
         Returns
         -------
         Verification
-            With `passed` and the worst error of each weight.
+            With `verdict`, `passed` and the error of each weight.
+
+        Notes
+        -----
+        The reference is the model itself, not perjac's trace of it: its layers computing in
+        float64, a fresh trace of it in float64, or, where neither runs, a tape in its own type.
+        Where outputs are saturated, so that plain TensorFlow loses their gradients to rounding, the
+        comparison is made before the final softmax or sigmoid, and the note says so. Where that
+        does not help, the verdict is "undecided" and `passed` is False.
         """
         inside.refuse("verify()")
+        if not (rtol is None or _is_positive(rtol)):
+            raise InputError(f"Expected rtol= as a number above zero. Received: {rtol!r}.")
         batch = self.traces.prepare(x)
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
+        found = self._compared(batch, of, rtol)
+        if found.verdict == "undecided" and of is None and self._has_logits(batch):
+            before = self._compared(batch, "logits", rtol)
+            if before.verdict != "undecided":
+                note = "The outputs are saturated: compared before the final softmax or sigmoid."
+                return dataclasses.replace(before, note=f"{note} {before.note}".strip())
+        return found
+
+    def _has_logits(self, batch: inputs.Batch) -> bool:
+        try:
+            self.traces.of(batch)[1].head("logits")
+        except PerjacError:
+            return False
+        return True
+
+    def _compared(self, batch: inputs.Batch, of: Any, rtol: float | None) -> Verification:
+        """Compare the Jacobian of one output with the live model's."""
         traced, names = self.traces.of(batch)
-        head = names.head(of)
-        reference = traced.plain
-        return verify(
-            reference,
-            traced.program.counterpart(head, reference),
-            traced.model(head),
-            batch,
-            names.sources("weights"),
-            lambda part, rows: self.jacobian(part, of=of, outputs=rows),
-            rtol,
+        head, sources = names.head(of), names.sources("weights")
+        logits = not traced.has_output(head)  # then it lies before the only output's end
+        live = Live(
+            traced.model(names.head(None) if logits else head),
+            traced.layer,
+            traced.program.weights,
+            [s.index for s in sources],
+            logits,
         )
+
+        def jacobian(part: Any, rows: list[int]) -> Any:
+            with warnings.catch_warnings():  # the report names what is zero
+                warnings.simplefilter("ignore", DisconnectedWarning)
+                return self.jacobian(part, of=of, outputs=rows)
+
+        return verify(live, batch, sources, size(traced.row_shape(head)), jacobian, rtol)
 
     def export(
         self,
@@ -164,3 +214,8 @@ class Trust:
         traced.check_sources(head, sources)
         chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), traced.dtype(head))
         return export.write(path, job, traced, head, sources, batch, chosen)
+
+
+def _is_positive(value: Any) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and 0 < float(value) < math.inf

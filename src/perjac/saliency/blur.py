@@ -11,6 +11,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError, check_one_of
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import lacking
+from perjac.saliency.bound import takes_model
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.saliency.paths import integral
@@ -22,6 +23,7 @@ from perjac.shapes import known
 _SHARE = 0.25
 
 
+@takes_model
 def blur_ig(
     engine: Engine,
     x: Any,

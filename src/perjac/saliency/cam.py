@@ -13,6 +13,7 @@ from perjac import inside
 from perjac.engine import Engine
 from perjac.errors import InputError, check_one_of
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.explained import Explained
 from perjac.saliency.spatial import RESIZES, Place, place, resized
 from perjac.shapes import known
@@ -65,6 +66,7 @@ CONVENTIONS = {
 }
 
 
+@takes_model
 def gradcam(
     engine: Engine,
     x: Any,
@@ -145,6 +147,7 @@ def gradcam(
     return _map("gradcam", _by_mean, engine, x, target, of, layer, finish)
 
 
+@takes_model
 def gradcam_plus_plus(
     engine: Engine,
     x: Any,
@@ -194,6 +197,7 @@ def gradcam_plus_plus(
     return _map("gradcam_plus_plus", _by_higher_order, engine, x, target, of, layer, finish)
 
 
+@takes_model
 def layercam(
     engine: Engine,
     x: Any,

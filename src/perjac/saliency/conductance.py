@@ -11,6 +11,7 @@ from perjac.engine import Engine
 from perjac.errors import check_counts, check_one_of
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import between, lacking, starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.saliency.paths import integral
@@ -18,6 +19,7 @@ from perjac.saliency.quadrature import quadrature
 from perjac.sources import activation_of
 
 
+@takes_model
 def layer_conductance(
     engine: Engine,
     x: Any,
@@ -98,6 +100,7 @@ def layer_conductance(
     return path.attribution(method, values, chosen, delta=delta)
 
 
+@takes_model
 def internal_influence(
     engine: Engine,
     x: Any,

@@ -13,6 +13,7 @@ from perjac.saliency.affine import MOVES, SUMS, WEIGHTED
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.backward import Operation, Parts, Pull, Route, explain
 from perjac.saliency.baselines import lacking, starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.explained import Explained
 
 # Elementwise functions of one operand: the rescale rule.
@@ -27,6 +28,7 @@ _LINEAR = MOVES | SUMS | {"BiasAdd", "Select", "SelectV2", "FusedBatchNormV3"}
 _MAXIMA = {"MaxPool", "MaxPoolV2", "MaxPool3D", "Max", "Maximum"}
 
 
+@takes_model
 def deeplift(
     engine: Engine,
     x: Any,

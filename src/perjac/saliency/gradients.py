@@ -8,9 +8,11 @@ import tensorflow as tf
 
 from perjac.engine import Engine
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.explained import Explained
 
 
+@takes_model
 def gradient(
     engine: Engine, x: Any, target: Any = "predicted", *, wrt: Any = "inputs", of: Any = None
 ) -> Attribution:
@@ -58,6 +60,7 @@ def gradient(
     return explained.attribution("gradient", explained.at_examples()[1])
 
 
+@takes_model
 def input_x_gradient(
     engine: Engine, x: Any, target: Any = "predicted", *, wrt: Any = "inputs", of: Any = None
 ) -> Attribution:

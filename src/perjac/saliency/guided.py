@@ -12,6 +12,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import lacking, starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.shapes import size
@@ -20,6 +21,7 @@ from perjac.shapes import size
 _CLOSE = 1e-9
 
 
+@takes_model
 def guided_ig(
     engine: Engine,
     x: Any,

@@ -16,6 +16,7 @@ from perjac import host
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts, check_one_of
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.saliency.running import Moments
@@ -24,6 +25,7 @@ from perjac.shapes import known, size
 _EACH = {"signed": tf.identity, "absolute": tf.abs, "squared": tf.square}
 
 
+@takes_model
 def smoothgrad(
     engine: Engine,
     x: Any,
@@ -92,6 +94,7 @@ def smoothgrad(
     return _mean("smoothgrad", Explained(engine, x, target, wrt, of), chosen, seed)
 
 
+@takes_model
 def smoothgrad_squared(
     engine: Engine,
     x: Any,
@@ -136,6 +139,7 @@ def smoothgrad_squared(
     return _mean(method, Explained(engine, x, target, wrt, of), chosen, seed)
 
 
+@takes_model
 def vargrad(
     engine: Engine,
     x: Any,

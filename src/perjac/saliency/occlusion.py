@@ -13,6 +13,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.explained import Explained
 from perjac.shapes import known
 
@@ -20,6 +21,7 @@ from perjac.shapes import known
 _ALONG = 8
 
 
+@takes_model
 def occlusion(
     engine: Engine,
     x: Any,

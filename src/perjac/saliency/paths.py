@@ -13,6 +13,7 @@ from perjac.errors import InputError, check_counts
 from perjac.precision import EPSILON
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import between, by_name, lacking, starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.saliency.quadrature import quadrature
@@ -22,6 +23,7 @@ from perjac.saliency.running import Moments, Sums, beside
 _MOST_STEPS = 4096
 
 
+@takes_model
 def integrated_gradients(
     engine: Engine,
     x: Any,
@@ -185,6 +187,7 @@ def integral(
     return sums.result()
 
 
+@takes_model
 def expected_gradients(
     engine: Engine,
     x: Any,

@@ -13,9 +13,11 @@ from perjac.flatten import CALLS
 from perjac.loops import LOOPS
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.backward import Operation, Parts, Pull, Route, explain
+from perjac.saliency.bound import takes_model
 from perjac.saliency.explained import Explained
 
 
+@takes_model
 def guided_backprop(
     engine: Engine, x: Any, target: Any = "predicted", *, wrt: Any = "inputs", of: Any = None
 ) -> Attribution:
@@ -66,6 +68,7 @@ def guided_backprop(
     return _modified("guided_backprop", explained, lambda op, dy: op.vjp([tf.nn.relu(dy)]))
 
 
+@takes_model
 def deconvnet(
     engine: Engine, x: Any, target: Any = "predicted", *, wrt: Any = "inputs", of: Any = None
 ) -> Attribution:

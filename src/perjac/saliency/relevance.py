@@ -13,6 +13,7 @@ from perjac.saliency.affine import MOVES, SUMS, WEIGHTED, Affine, after_weights,
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.backward import Operation, Parts, Pull, Route, explain
 from perjac.saliency.baselines import lacking
+from perjac.saliency.bound import takes_model
 from perjac.saliency.explained import Explained
 from perjac.saliency.rules import AlphaBeta, Epsilon, Flat, Gamma, Rule, ZPlus, stabilised
 
@@ -55,6 +56,7 @@ _GATES = {"Rsqrt": 3, "Softmax": 2, "Sigmoid": 2, "Erf": 2, "Erfc": 2, "Relu6": 
 _TINY = 1e-9
 
 
+@takes_model
 def lrp(
     engine: Engine,
     x: Any,

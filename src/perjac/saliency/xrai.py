@@ -14,6 +14,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError, missing_extra
 from perjac.saliency import pictures
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.paths import integrated_gradients
 
 # The paper's over-segmentation: scales of Felzenszwalb and Huttenlocher 2004, smallest segments,
@@ -22,6 +23,7 @@ _SCALES = (50, 100, 150, 250, 500, 1200)
 _SMALLEST, _SIGMA, _GROWN, _SIDE = 150, 0.8, 5, 224
 
 
+@takes_model
 def xrai(
     engine: Engine,
     x: Any,

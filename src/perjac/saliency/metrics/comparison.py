@@ -12,6 +12,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.saliency import figures
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.fidelity import infidelity
 from perjac.saliency.metrics.randomisation import parameter_randomisation
 from perjac.saliency.metrics.removal import deletion, insertion
@@ -98,6 +99,7 @@ class Comparison:
         return figure
 
 
+@takes_model
 def compare(
     engine: Engine,
     x: Any,

@@ -13,6 +13,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import Subject, in_rows
 
 # Methods whose values are slopes, output per unit of input; those of the others are outputs.
@@ -55,6 +56,7 @@ class Completeness:
         return float(np.mean(np.abs(self.values)))
 
 
+@takes_model
 def completeness(
     engine: Engine,
     x: Any,
@@ -123,6 +125,7 @@ class Infidelity:
         return float(np.mean(self.values))
 
 
+@takes_model
 def infidelity(
     engine: Engine,
     x: Any,

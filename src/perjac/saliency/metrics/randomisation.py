@@ -17,6 +17,7 @@ from perjac.engine import Engine
 from perjac.errors import InputError
 from perjac.saliency import figures, pictures
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import in_rows, same_target
 
 # scikit-image's window, and Wang et al. 2004's constants, of a range of 1.
@@ -79,6 +80,7 @@ class Randomisation:
         return figure
 
 
+@takes_model
 def parameter_randomisation(
     engine: Engine,
     x: Any,

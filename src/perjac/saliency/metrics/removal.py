@@ -14,6 +14,7 @@ from perjac.errors import check_counts
 from perjac.saliency import figures, pictures
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import starts
+from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import Subject, in_rows
 from perjac.shapes import known
 
@@ -58,6 +59,7 @@ class Curve:
         return figure
 
 
+@takes_model
 def deletion(
     engine: Engine,
     x: Any,
@@ -117,6 +119,7 @@ def deletion(
     return _along("deletion", subject, baseline, steps, data_format)
 
 
+@takes_model
 def insertion(
     engine: Engine,
     x: Any,

@@ -12,6 +12,7 @@ import tensorflow as tf
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
 from perjac.saliency.attribution import Attribution
+from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import same_target
 from perjac.shapes import known
 
@@ -40,6 +41,7 @@ class Sensitivity:
         return float(np.mean(self.values))
 
 
+@takes_model
 def max_sensitivity(
     engine: Engine,
     x: Any,
