@@ -199,6 +199,8 @@ def test_a_users_function_does_not_rewrite_our_python():
     assert written == [(2, 3)]
     rule = host.autograph.CONVERSION_RULES[0]
     assert rule.matches("perjac.engine")
+
+
 def test_layers_compute_in_float64_inside_the_block_alone():
     keras.utils.set_random_seed(0)
     model = keras.Sequential(

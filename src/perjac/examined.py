@@ -46,7 +46,9 @@ class Examined:
     def __init__(self, callee: Callee, program: Program, structure: Any, path: str):
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
-        self._kept_apart: dict[str, str] = {}  # heads whose examples stay apart, and how that is known
+        self._kept_apart: dict[
+            str, str
+        ] = {}  # heads whose examples stay apart, and how that is known
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
         self._compact = True
@@ -155,7 +157,13 @@ class Examined:
         made = self.once(
             ("decisions", head, tuple(weights), count, refused),
             lambda: decide(
-                self.program, self._flow, head, weights, count, refused, self.order(head),
+                self.program,
+                self._flow,
+                head,
+                weights,
+                count,
+                refused,
+                self.order(head),
                 self._compact,
             ),
         )

@@ -16,8 +16,8 @@ from perjac import blame, compiling, host, rules
 from perjac.combination import combine
 from perjac.factors import Explicit, Factor, Zero
 from perjac.layout import Relabelling
-from perjac.pullback import pull_back
 from perjac.provenance import Order
+from perjac.pullback import pull_back
 from perjac.questions import THEMSELVES, Question
 from perjac.roots import ROOTS
 from perjac.route import Route

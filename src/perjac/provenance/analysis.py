@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+import perjac.provenance.lists
+import perjac.provenance.lookups
+import perjac.provenance.movement
+import perjac.provenance.pictures
+import perjac.provenance.sums  # noqa: F401 (these enter their rules)
 from perjac.custom_gradients import is_carried
-from perjac.frames import CALLS, Frame, frame, gradient_frame
 from perjac.host import goes_its_own_way
-from perjac.owners import Owners
-from perjac.provenance_rules import RULES, Found, Unclear
+from perjac.provenance.frames import CALLS, Frame, frame, gradient_frame
+from perjac.provenance.owners import Owners
+from perjac.provenance.registry import RULES, Found, Unclear
 from perjac.sites import Flow, upstream
 from perjac.trace import Program
 
@@ -172,9 +177,7 @@ class _Analysis:
         own, dims = found[tensor.name], here.dims.get(tensor.name)
         if dims is None or None in dims:
             return False
-        place = np.unravel_index(
-            int(np.argmax(np.broadcast_to(own.first < own.last, dims))), dims
-        )
+        place = np.unravel_index(int(np.argmax(np.broadcast_to(own.first < own.last, dims))), dims)
         behind = owners_behind(here, {tensor.name: Owners.entry(dims, place)})  # type: ignore[arg-type]
         for name in self._program.inputs:
             rows = behind.get(name)
@@ -226,9 +229,7 @@ def _way(own: Owners | None, dims: Any, batch: int) -> set[str] | None:
     return {way for way, owner in ways.items() if fits(owner)}
 
 
-def _by_owner(
-    own: Owners | None, value: np.ndarray | None, batch: int
-) -> list[np.ndarray] | None:
+def _by_owner(own: Owners | None, value: np.ndarray | None, batch: int) -> list[np.ndarray] | None:
     """Return the values that each example gets, and those that all get, of what has no data in it.
 
     None where that cannot be told.
@@ -236,8 +237,7 @@ def _by_owner(
     if own is None or value is None or own.unclear or own.is_nobody:
         return []
     first, last = (np.broadcast_to(side, value.shape) for side in (own.first, own.last))
-    parts = [value[(first <= b) & (b <= last)] for b in range(batch)]
-    return parts
+    return [value[(first <= b) & (b <= last)] for b in range(batch)]
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -306,7 +306,7 @@ def _all_alike(op: Any, outs: Sequence[Owners], here: Frame, why: str) -> Found:
     one = functools.reduce(lambda a, b: a | b, whole, Owners.nobody(0))
     if one.is_shared or one.unclear:
         one = Owners.nobody(0, one.unclear or why)
-    return [one.map(lambda a, r=here.rank(t): a.reshape((1,) * r)) for t in op.inputs]
+    return [one.whole(here.rank(t)) for t in op.inputs]
 
 
 def _united(tensor: Any, a: Owners, b: Owners) -> Owners:
@@ -402,7 +402,7 @@ def _custom(op: Any, outs: list[Owners], here: Frame) -> Found:
             whole = [own.whole(0) for own in outs]
             one = functools.reduce(lambda a, b: a | b, whole)
             one = dataclasses.replace(one, unclear=used.unclear)
-            return [one.map(lambda a, r=here.rank(t): a.reshape((1,) * r)) for t in op.inputs]
+            return [one.whole(here.rank(t)) for t in op.inputs]
     return [*outs, *(found.get(name) for name in carried)]
 
 

@@ -17,8 +17,8 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.custom_gradients import gradient_of
-from perjac.owners import Dims, Owners
-from perjac.provenance_rules import INDICES, Unclear
+from perjac.provenance.owners import Dims
+from perjac.provenance.registry import INDICES, Unclear
 from perjac.sites import Flow
 from perjac.trace import Program, import_program
 

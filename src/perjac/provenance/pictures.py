@@ -1,0 +1,75 @@
+"""Provenance of batches of pictures: convolutions, pooling, resizing and their like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perjac.provenance.owners import Owners
+from perjac.provenance.registry import At, Found, channels_first, rule
+
+# The operand that is a batch of pictures, and those that all pictures share.
+_PICTURES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        ("Conv2D", "Conv3D", "Conv", "DepthwiseConv2dNative", "MaxPool", "MaxPoolV2", "MaxPool3D",
+         "AvgPool", "AvgPool3D", "FractionalMaxPool", "FractionalAvgPool", "Dilation2D", "LRN",
+         "ResizeBilinear", "ResizeBicubic", "ResizeNearestNeighbor", "ResizeArea",
+         "ScaleAndTranslate", "ExtractImagePatches", "ExtractVolumePatches", "DepthToSpace",
+         "SpaceToDepth", "MaxPoolWithArgmax", "AdjustContrastv2", "AdjustHue", "AdjustSaturation",
+         "HSVToRGB", "RGBToHSV"), (0,),
+    ),
+    **dict.fromkeys(
+        ("Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNativeBackpropInput"),
+        (2,),
+    ),
+    **dict.fromkeys(("AvgPoolGrad", "AvgPool3DGrad"), (1,)),
+    **dict.fromkeys(("ResizeBilinearGrad", "ResizeNearestNeighborGrad", "ResizeBicubicGrad"), (0,)),
+    **dict.fromkeys(("MaxPoolGrad", "MaxPool3DGrad", "LRNGrad"), (0, 1, 2)),
+    "ImageProjectiveTransformV3": (0, 1), "ImageProjectiveTransformV2": (0, 1),
+}  # fmt: skip
+
+
+@rule(*_PICTURES)
+def pictures(op: Any, outs: list[Owners], at: At) -> Found:
+    """Each picture by itself, whatever happens within it."""
+    own = None
+    for out in outs:
+        one = out.over_perhaps(range(1, out.rank), f"{op.type} within what several examples share")
+        one = one.drop(range(1, out.rank))
+        own = one if own is None else own | one
+    assert own is not None
+    return [
+        own.insert(list(range(1, len(at.shape(t)))))
+        if n in _PICTURES[op.type]
+        else None if t.dtype.is_integer else own.whole(len(at.shape(t)))
+        for n, t in enumerate(op.inputs)
+    ]  # fmt: skip
+
+
+@rule("Conv2DBackpropFilter", "Conv3DBackpropFilterV2", "DepthwiseConv2dNativeBackpropFilter")
+def kernels(op: Any, outs: list[Owners], at: At) -> Found:
+    """Summed over all pictures."""
+    return [None if t.dtype.is_integer else outs[0].whole(len(at.shape(t))) for t in op.inputs]
+
+
+@rule("CropAndResize", index=(2,))
+def crop(op: Any, outs: list[Owners], at: At) -> Found:
+    """Boxes, each out of the picture whose number it has."""
+    rows = outs[0].over_perhaps(range(1, 4), "CropAndResize within what several examples share")
+    boxes = rows.drop([2, 3])
+    known = at.known(op.inputs[2])
+    if known is None:
+        picture = rows.over_perhaps([0], "CropAndResize takes pictures by numbers in the data")
+    else:
+        picture = rows.moved(0, known, at.shape(op.inputs[0])[0])
+    return [picture, boxes, boxes.drop([1]), None]
+
+
+@rule("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+def batch_normalisation(op: Any, outs: list[Owners], at: At) -> Found:
+    """In training mode, all entries of a channel meet."""
+    own = outs[0]
+    channels = 1 if channels_first(op) else own.rank - 1
+    others = [n for n in range(own.rank) if n != channels]
+    if op.get_attr("is_training"):
+        own = own.over(others)
+    return [own, *[outs[0].drop(others) for _ in op.inputs[1:]]]
