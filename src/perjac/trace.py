@@ -15,7 +15,8 @@ import tensorflow as tf
 from perjac import host
 from perjac.adjoints import quickened
 from perjac.errors import InputError, UnknownNameError, nearest
-from perjac.flatten import CALLS, canonical, is_for_xla
+from perjac.flatten import CALLS, is_for_xla
+from perjac.importing import import_graph
 from perjac.loops import LOOPS, StandIn
 from perjac.shapes import Dims, Extent
 from perjac.sources import Activation, Weights
@@ -354,14 +355,7 @@ def import_program(
     for n in reversed(range(len(rest.node))):
         if rest.node[n].op == "Placeholder" and rest.node[n].name in replaced:
             del rest.node[n]
-    used = {canonical(reference) for node in rest.node for reference in node.input}
-    found = tf.graph_util.import_graph_def(
-        rest,
-        input_map={name: tensor for name, tensor in feed.items() if name in used},
-        return_elements=wanted,
-        name="perjac",
-    )
-    return dict(zip(wanted, found or [], strict=True)) | {n: feed[n] for n in names if n in feed}
+    return import_graph(rest, feed, wanted, "perjac") | {n: feed[n] for n in names if n in feed}
 
 
 def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weights: Weights):
