@@ -385,6 +385,7 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
         return heads
 
     concrete = call.get_concrete_function(*specs)
+    weights.read_by(concrete)
     graph: Any = concrete.graph
     named = {
         name: [t.name if t.graph is graph else "" for t in calls] for name, calls in taps.items()

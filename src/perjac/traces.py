@@ -82,7 +82,8 @@ class Traces:
     @functools.cached_property
     def floating(self) -> tf.DType | None:
         """The weights' floating type, which data takes where the model declares none."""
-        dtypes = [host.tf_variable(v).dtype for v in self.weights.variables]
+        known = self.weights.variables or binding.within_reach(self._model)
+        dtypes = (host.tf_variable(v).dtype for v in known)
         return next((d for d in dtypes if d.is_floating), None)
 
     def prepare(self, x: Any) -> inputs.Batch:
