@@ -177,17 +177,17 @@ def declared(model: Any) -> list[Expected]:
 
 
 def made_up(expected: Sequence[Expected], count: int, seed: int) -> Any:
-    """Return made-up examples of declared shapes: normal numbers, or 0s and 1s for integers."""
+    """Return made-up examples of declared shapes: normal numbers; 0s and 1s, as text for text."""
     rng = np.random.default_rng(seed)
-    arrays = [
-        tf.cast(
-            rng.standard_normal((count, *known(e.shape[1:])))
-            if e.dtype.is_floating
-            else rng.integers(0, 2, (count, *known(e.shape[1:]))),
-            e.dtype,
-        )
-        for e in expected
-    ]
+    arrays = []
+    for e in expected:
+        shape = (count, *known(e.shape[1:]))
+        if e.dtype.is_floating:
+            arrays.append(tf.cast(rng.standard_normal(shape), e.dtype))
+        else:
+            digits = rng.integers(0, 2, shape)
+            is_text = e.dtype == tf.string
+            arrays.append(tf.as_string(digits) if is_text else tf.cast(digits, e.dtype))
     return arrays[0] if len(arrays) == 1 else arrays
 
 
@@ -326,14 +326,8 @@ def _tensor(
     try:
         tensor = tf.convert_to_tensor(leaf)
     except (ValueError, TypeError) as failure:
-        raise InputError(f"{what} is no array of numbers: {failure}") from failure
-    if tensor.dtype == tf.string:
-        instead = (
-            "Put the text vectorisation before the model and give perjac its integers."
-            if is_input
-            else "Expected numbers, such as those of classes counted from 0."
-        )
-        raise InputError(f"{what} holds text. {instead}")
+        raise InputError(f"{what} is no array: {failure}") from failure
+    _check_text(tensor, what, spec, is_input)
     if spec is not None:
         tensor = tensor if tensor.dtype == spec.dtype else tf.cast(tensor, spec.dtype)
         _check_shape(tensor, name, spec)
@@ -342,6 +336,25 @@ def _tensor(
     if tensor.shape.rank == 0:
         raise InputError(f"{what} is a single number. Expected a batch of examples.")
     return tensor
+
+
+def _check_text(tensor: tf.Tensor, what: str, spec: Expected | None, is_input: bool) -> None:
+    """Raise for text where numbers are expected, and the other way round.
+
+    What a plain function takes, only calling it shows.
+    """
+    is_text = tensor.dtype == tf.string
+    if not is_input:
+        if is_text:
+            raise InputError(
+                f"{what} holds text. Expected numbers, such as those of classes counted from 0."
+            )
+    elif spec is not None and is_text != (spec.dtype == tf.string):
+        given, wanted = ("text", "numbers") if is_text else ("numbers", "text")
+        raise InputError(
+            f"{what} holds {given}. Expected {wanted}: the model declares this input as "
+            f"{spec.dtype.name}."
+        )
 
 
 def _check_shape(tensor: tf.Tensor, name: str, spec: Expected) -> None:

@@ -44,7 +44,7 @@ class Callee:
         taps: Taps = {}
 
         def seen(name: str, output: Any) -> None:
-            tensors = [t for t in tf.nest.flatten(output) if tf.is_tensor(t)]
+            tensors = [t for t in tf.nest.flatten(output) if isinstance(t, tf.Tensor)]
             if tensors:
                 taps.setdefault(name, []).append(tensors[0])
 
@@ -317,9 +317,8 @@ class Program:
             found = self.replay(inputs, {}, names)
             return [tf.shape(found[name]) for name in names]
 
-        fill = [tf.fill([batch, *s.shape[1:]], tf.cast(batch - 2, s.dtype)) for s in self.specs]
         try:
-            shapes = run(fill)
+            shapes = run([_filled(spec, batch) for spec in self.specs])
         except tf.errors.OpError:  # the model does not take such data
             return {}
         return {n: tuple(s.numpy().tolist()) for n, s in zip(names, shapes, strict=True)}
@@ -337,6 +336,13 @@ class Program:
         sized = [tf.TensorSpec([batch, *spec.shape[1:]], spec.dtype) for spec in self.specs]
         inferred.get_concrete_function(*sized)
         return found
+
+
+def _filled(spec: tf.TensorSpec, batch: int) -> tf.Tensor:
+    """Return a batch of two zeros or three ones; of empty texts, or of some of one word."""
+    value = tf.as_string(batch) if spec.dtype == tf.string else tf.cast(batch - 2, spec.dtype)
+    value = tf.constant("") if spec.dtype == tf.string and batch == 2 else value
+    return tf.fill([batch, *spec.shape[1:]], value)
 
 
 def _dims(tensor: Any) -> Dims | None:

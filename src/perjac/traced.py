@@ -29,6 +29,7 @@ from perjac.schedules import Schedule, alternatives, rows_at_once
 from perjac.seeds import Seeds
 from perjac.sources import Source
 from perjac.tape import Tape, finder
+from perjac.text import why_not_pfor
 from perjac.trace import Callee, Program
 from perjac.tuning import Trial, Tuned, signature, tune
 
@@ -409,7 +410,7 @@ class Traced(Examined):
                 program.weights.variables,
                 sources,
                 kind,
-                refused=(program.origin or program).stubborn,
+                refused=(program.origin or program).stubborn or why_not_pfor(program),
                 jit=self._whole,
             ),
         )

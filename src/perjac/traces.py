@@ -19,6 +19,7 @@ from perjac.errors import InputError, SlowPathWarning, warn
 from perjac.losses import Objective
 from perjac.naming import Names
 from perjac.normalise import normalise
+from perjac.text import why_not_xla
 from perjac.traced import Traced
 
 # The heads of a model with its loss behind it: the loss, and the outputs that it is of.
@@ -83,7 +84,7 @@ class Traces:
     def floating(self) -> tf.DType | None:
         """The weights' floating type, which data takes where the model declares none."""
         known = self.weights.variables or binding.within_reach(self._model)
-        dtypes = (host.tf_variable(v).dtype for v in known)
+        dtypes = (tf.as_dtype(host.tf_variable(v).dtype).real_dtype for v in known)
         return next((d for d in dtypes if d.is_floating), None)
 
     def prepare(self, x: Any) -> inputs.Batch:
@@ -98,6 +99,8 @@ class Traces:
             with progress.doing("tracing the model"):
                 traced = tracing.trace(callee, batch.specs, batch.structure, self.weights)
                 program = normalise(traced)
+            if self._compiles and (why := why_not_xla(program)):
+                self.without_xla(why)
             names = batch.names[: batch.inputs]
             self._made[key] = (
                 Traced(
