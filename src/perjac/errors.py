@@ -54,6 +54,10 @@ class IntegerInputError(PerjacError, TypeError):
     """A derivative with respect to an integer input was asked for."""
 
 
+class NoGradientError(PerjacError, LookupError):
+    """An operation that TensorFlow has no gradient for, on the way to the output."""
+
+
 class PathError(PerjacError, ValueError):
     """`path="factored"` was asked of a weight that no rule covers."""
 

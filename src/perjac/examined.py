@@ -66,6 +66,11 @@ class Examined:
         InputError
             If it has no batch axis in front.
         """
+        if self.dtype(head).is_complex:
+            raise InputError(
+                f"The output {self.program.called(head)!r} is complex. perjac differentiates real "
+                "numbers: return its real and imaginary parts, or its absolute value."
+            )
         extent = self.program.extents.get(head)
         if extent is None or extent.fold != 1:
             shape = self.program.graph.get_tensor_by_name(head).shape

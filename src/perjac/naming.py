@@ -154,7 +154,7 @@ class Names:
         if not spec.dtype.is_floating:
             tables = [t.name for t in self._layers if isinstance(t, keras.layers.Embedding)]
             layer = tables[0] if tables else "embedding"
-            kind = "text" if spec.dtype == tf.string else "integers"
+            kind = "text" if spec.dtype == tf.string else "what is no real number"
             raise IntegerInputError(
                 f"Input {name!r} is of type {spec.dtype.name}: there is no derivative with "
                 f"respect to {kind}. Ask for the layer that turns it into real numbers: "

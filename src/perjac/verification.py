@@ -131,8 +131,8 @@ def verify(
             expected = loop([t[b : b + 1] for t in few], row)
             for w, (source, right) in enumerate(zip(weights, expected, strict=True)):
                 got = tf.cast(ours[source.key][b, n], right.dtype)
-                squares[0, w] += float(tf.reduce_sum(tf.square(got - right)))
-                squares[1, w] += float(tf.reduce_sum(tf.square(right)))
+                squares[0, w] += float(tf.reduce_sum(tf.square(tf.abs(got - right))))
+                squares[1, w] += float(tf.reduce_sum(tf.square(tf.abs(right))))
     difference, norms = np.sqrt(squares)
     narrowest = max(_types(program, output), key=_RTOL.__getitem__)
     rtol = _RTOL[narrowest] if rtol is None else rtol
