@@ -389,10 +389,9 @@ class Engine(Trust):
         **asked: Any,
     ) -> tuple[tf.Tensor, dict[str, Any], list[Source], tuple[int, ...]]:
         """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
-        traced, names = self.traces.of(batch, objective)
-        head, sources = names.head(of), names.sources(wrt)
+        traced, names, head = self.traces.asked(batch, of, objective, self._check)
+        sources = names.sources(wrt)
         if self._check:
-            traced.check_shapes(head)
             traced.check_data(head, sources, batch)
         chosen = seeds.make(
             asked.get("outputs"),
@@ -423,8 +422,8 @@ class Engine(Trust):
         return self._outputs(self.traces.prepare(x), of)
 
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
-        traced, names = self.traces.of(batch)
-        return traced.outputs(names.head(of), batch, self.memory_limit)
+        traced, _, head = self.traces.asked(batch, of, check=False)
+        return traced.outputs(head, batch, self.memory_limit)
 
     def checked(self, batch: inputs.Batch, of: Any = None) -> tuple[Traced, str]:
         """Return the trace for such a batch and an output's tensor, the examples kept apart.
@@ -434,9 +433,7 @@ class Engine(Trust):
         ExamplesMeetError
             If they are not.
         """
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
+        traced, _, head = self.traces.asked(batch, of, check=self._check)
         if self._check:
-            traced.check_shapes(head)
             traced.check_data(head, [], batch)
         return traced, head

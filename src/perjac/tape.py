@@ -172,17 +172,25 @@ def _one_by_one(tape: tf.GradientTape, output: tf.Tensor, against: Sequence[Any]
         unit = tf.one_hot(k, count, dtype=output.dtype)
         return tape.gradient(output, against, output_gradients=unit)
 
+    return looped(row, count, output.shape[0])
+
+
+def looped(row: Callable[[Any], list[Any]], count: Any, known_count: int | None) -> list[Any]:
+    """Return the tensors of `row(k)` for k from 0 to count - 1, stacked; None where it gives None.
+
+    `known_count` is the count where that is a number, and not only known when the graph runs.
+    """
     first = row(0)
     reached = [n for n, g in enumerate(first) if g is not None]
     found: list[Any] = [None] * len(first)
-    if output.shape[0] == 1:
-        rows = [tf.convert_to_tensor(first[n])[None] for n in reached]
-    else:
-        signature = [tf.TensorSpec(against[n].shape, against[n].dtype) for n in reached]
-        rows = reached and tf.map_fn(
+    rows = [tf.convert_to_tensor(first[n]) for n in reached]
+    if known_count == 1:
+        rows = [r[None] for r in rows]
+    elif reached:  # the first row is there for its types: as nobody uses it, it is never computed
+        rows = tf.map_fn(
             lambda k: [tf.convert_to_tensor(g) for g in row(k) if g is not None],
             tf.range(count),
-            fn_output_signature=signature,
+            fn_output_signature=[tf.TensorSpec(r.shape, r.dtype) for r in rows],
         )
     for n, of_source in zip(reached, rows, strict=True):
         found[n] = of_source

@@ -382,6 +382,15 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
     -------
     Program
     """
+    concrete, taps = record(callee, specs, structure)
+    weights.read_by(concrete)
+    return collect(concrete, len(specs), weights, taps)
+
+
+def record(
+    callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any
+) -> tuple[Any, dict[str, list[str]]]:
+    """Return a model's concrete function, and the names of its layers' outputs there."""
     taps: Taps = {}
 
     @tf.function(autograph=False)
@@ -391,12 +400,10 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
         return heads
 
     concrete = call.get_concrete_function(*specs)
-    weights.read_by(concrete)
     graph: Any = concrete.graph
-    named = {
+    return concrete, {
         name: [t.name if t.graph is graph else "" for t in calls] for name, calls in taps.items()
     }
-    return collect(concrete, len(specs), weights, named)
 
 
 def collect(concrete: Any, inputs: int, weights: Weights, taps: dict[str, list[str]]) -> Program:

@@ -63,10 +63,7 @@ class Trust:
         """
         check_counts(batch_size=batch_size)
         batch = self.traces.prepare(self.traces.example() if x is None else x)
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
-        if self._check:
-            traced.check_shapes(head)
+        traced, names, head = self.traces.asked(batch, of, check=self._check)
         count = size(traced.row_shape(head))
         sources = names.sources("weights")
         chosen = seeds.make(None, None, batch_size, traced.row_shape(head), traced.dtype(head))
@@ -93,8 +90,7 @@ class Trust:
         batch = self.traces.prepare(x)
         if batch.size == 0:
             raise InputError("Expected at least one example to verify on. Received: none.")
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
+        traced, names, head = self.traces.asked(batch, of, check=self._check)
         reference = traced.plain
         return verify(
             reference,
