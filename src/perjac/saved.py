@@ -200,19 +200,8 @@ def _chosen(signatures: Mapping[str, Any], asked: str | None, what: str) -> str:
 
 
 def _check(spec: tf.TensorSpec, signature: str) -> None:
-    if spec.dtype == tf.string:
-        raise InputError(
-            f"Signature {signature!r} takes text ({spec.name!r}). perjac takes numbers: choose a "
-            "signature behind the text's preparation."
-        )
     if spec.shape.rank == 0:
         raise InputError(
             f"Signature {signature!r} takes a single number, {spec.name!r}, beside the batch. Load "
             "the model with tf.saved_model.load, and give Engine a function that fills it in."
-        )
-    if spec.shape.rank and spec.shape[0] is not None:
-        raise InputError(
-            f"Signature {signature!r} takes {spec.name!r} of shape {spec.shape}, whose first axis "
-            "is fixed. perjac traces with the number of examples unknown: save the model with "
-            "None there."
         )
