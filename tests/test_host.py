@@ -148,3 +148,13 @@ def test_vectorised_products_are_right_for_one_example(batch, known, second):
 
     right = np.matmul(x.astype(float), np.swapaxes(y, -1, -2) if second else y)
     np.testing.assert_allclose(products(x, y), right, rtol=1e-5, atol=1e-5)
+
+
+def test_the_variables_that_a_function_reads_are_keras_variables_where_there_are_such():
+    layer, free = keras.layers.Dense(2), tf.Variable(tf.ones([2]))
+    layer.build((None, 3))
+    function = tf.function(lambda x: layer(x) * free)
+    concrete = function.get_concrete_function(tf.TensorSpec([None, 3]))
+    for held in ([], [*layer.variables, free]):  # looked for everywhere, and known before
+        found = host.variables_read(concrete, held)
+        assert {id(v) for v in found} == {id(v) for v in [*layer.variables, free]}

@@ -251,6 +251,8 @@ def prepare(
         x = np.asarray(x)
     elif isinstance(x, (list, tuple)) and len(x) == len(expected) == 1:
         x = x[0]
+    elif isinstance(x, Mapping):  # a list in it is a column
+        x = {key: np.asarray(v) if _is_column(v) else v for key, v in x.items()}
     structure, leaves = _taken_apart(x)
     if expected and len(leaves) != len(expected):
         raise InputError(
@@ -291,6 +293,13 @@ def _is_one_array(x: Sequence[Any], count: int) -> bool:
     if any(isinstance(e, (np.ndarray, tf.Tensor, Mapping)) or hasattr(e, "dtype") for e in x):
         return False
     return count <= 1
+
+
+def _is_column(leaf: Any) -> bool:
+    """Tell whether a mapping's value is a list of numbers or texts, nested or not."""
+    while isinstance(leaf, (list, tuple)) and leaf:
+        leaf = leaf[0]
+    return isinstance(leaf, (bool, int, float, str, bytes))
 
 
 def _paired(
