@@ -303,14 +303,19 @@ class _Loop:
             tape.watch(floating)
             heads, taps = self._callee(tf.nest.pack_sequence_as(self._structure, inputs))
             output = self._head(heads, taps)
-        direction = tf.random.stateless_normal(tf.shape(output), [0, 0], dtype=output.dtype)
+        direction = tf.random.stateless_normal(tf.shape(output), (0, 0), dtype=output.dtype)
 
         def row(b: Any) -> list[Any]:
             here = tf.one_hot(b, self._batch, dtype=output.dtype)
             here = tf.reshape(here, [-1] + [1] * (output.shape.rank - 1))
-            found = tape.gradient(output, floating, output_gradients=here * direction)
+            found: Any = tape.gradient([output], floating, output_gradients=[here * direction])
             moved = [
-                tf.cast(tf.reduce_max(tf.reshape(tf.abs(g), [self._batch, -1]), 1), tf.float64)
+                tf.cast(
+                    tf.reduce_max(
+                        tf.reshape(tf.abs(tf.convert_to_tensor(g)), [self._batch, -1]), 1
+                    ),
+                    tf.float64,
+                )
                 for g in found
                 if g is not None
             ]

@@ -192,6 +192,8 @@ class Traces:
         if self._declared_size is not None and size != self._declared_size:
             self._sized[key] = why, None
             return  # which is refused, and says so
+        if size == 0:
+            raise failure
         try:
             self._of_one[(*key, size)] = self._at_size(batch, objective, why, None)
         except Exception:  # it is not the size, then

@@ -54,4 +54,4 @@ def _pairs(values: tf.Tensor) -> tf.Tensor:
 
 
 def _complex(pairs: tf.Tensor) -> tf.Tensor:
-    return tf.complex(pairs[..., 0], pairs[..., 1])
+    return tf.complex(*tf.unstack(pairs, axis=-1))
