@@ -218,3 +218,13 @@ def test_layers_compute_in_float64_inside_the_block_alone():
     assert model(x).dtype == tf.float32
     assert host.is_keras_variable(model.variables[0])
     assert not host.is_keras_variable(tf.Variable(1.0))
+
+
+def test_the_variables_that_a_function_reads_are_keras_variables_where_there_are_such():
+    layer, free = keras.layers.Dense(2), tf.Variable(tf.ones([2]))
+    layer.build((None, 3))
+    function = tf.function(lambda x: layer(x) * free)
+    concrete = function.get_concrete_function(tf.TensorSpec([None, 3]))
+    for held in ([], [*layer.variables, free]):  # looked for everywhere, and known before
+        found = host.variables_read(concrete, held)
+        assert {id(v) for v in found} == {id(v) for v in [*layer.variables, free]}

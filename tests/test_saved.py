@@ -11,7 +11,13 @@ from keras import layers
 from models import randomise
 
 import perjac as pj
-from perjac.errors import FileFormatError, InputError, LostGradientWarning, UnknownNameError
+from perjac.errors import (
+    FileFormatError,
+    InputError,
+    LostGradientWarning,
+    SlowPathWarning,
+    UnknownNameError,
+)
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -170,7 +176,7 @@ def test_custom_gradients_that_were_not_saved_are_replaced_by_plain_ones(tmp_pat
 
 
 class Fixed(tf.Module):
-    """Signatures that perjac cannot take."""
+    """Signatures of one batch size, of text, and those that perjac cannot take."""
 
     def __init__(self):
         super().__init__()
@@ -190,15 +196,17 @@ class Fixed(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def text(self, x):
-        return tf.strings.length(x)
+        return self.w * tf.cast(tf.strings.length(x), tf.float32)[:, None]
+
+    @tf.function(input_signature=[tf.TensorSpec([2, 4])])
+    def two(self, x):
+        return tf.tanh(tf.reshape(x, [2, 4]) * self.w)
 
 
 @pytest.mark.parametrize(
     ("signature", "why"),
     [
-        ("one", "first axis is fixed"),
         ("scaled", "a single number, 'by'"),
-        ("text", "takes text"),
         ("frozen", "no variables"),
     ],
 )
@@ -208,6 +216,24 @@ def test_a_signature_that_cannot_be_taken_is_refused(signature, why, tmp_path):
     tf.saved_model.save(module, str(tmp_path), signatures=signatures)
     with pytest.raises(InputError, match=why):
         pj.Engine(tmp_path)
+
+
+def test_a_signature_of_one_batch_size_is_served_at_that_size(tmp_path):
+    module, x = Fixed(), draw(2, 4)
+    tf.saved_model.save(module, str(tmp_path), signatures={"two": module.two})
+    engine = pj.Engine(tmp_path)
+    with pytest.warns(SlowPathWarning, match="batches of 2 examples alone"):
+        (rows,) = engine.jacobian(x).values()
+    oracle.assert_agree([rows], [x / np.cosh(x) ** 2], "float32")
+    with pytest.raises(InputError, match="batches of 2 examples"):
+        engine.jacobian(draw(3, 4))
+
+
+def test_a_signature_of_text_is_served(tmp_path):
+    module = Fixed()
+    tf.saved_model.save(module, str(tmp_path), signatures={"text": module.text})
+    (rows,) = pj.Engine(tmp_path).jacobian(np.array(["a", "four"])).values()
+    assert rows.numpy().ravel().tolist() == [1, 4]
 
 
 def test_what_is_no_saved_model_is_refused(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import host
-from perjac.errors import NoGradientError, OutOfRangeError, PerjacError
+from perjac.errors import OutOfRangeError, PerjacError
 from perjac.inputs import Batch
 from perjac.sites import upstream
 from perjac.trace import Program, import_program
@@ -24,7 +24,6 @@ from perjac.trace import Program, import_program
 _OUT_OF_RANGE = re.compile(
     r"is not in \[0, \d+\)|outside the valid range of \[|does not index into|Index out of range"
 )
-_NO_GRADIENT = re.compile(r"(?:registry has no entry for: |No gradient defined .*op type: )(\w+)")
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
 # Operations between a variable and the table that is looked up in.
 _PASSING = {"Identity", "Cast", "Reshape", "ReadVariableOp"}
@@ -173,7 +172,7 @@ def is_users(failure: BaseException) -> bool:
 def _reason(failure: BaseException) -> Any:
     if isinstance(failure, (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError)):
         return _OUT_OF_RANGE.search(str(failure))
-    return _NO_GRADIENT.search(str(failure)) if isinstance(failure, LookupError) else None
+    return None
 
 
 @contextlib.contextmanager
@@ -184,41 +183,15 @@ def blamed(program: Program, head: str, batch: Batch) -> Iterator[None]:
     ------
     OutOfRangeError
         For ids that a table has no row for, and other indices out of range.
-    NoGradientError
-        For an operation without a gradient.
     """
     try:
         yield
-    except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, LookupError) as failure:
+    except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as failure:
         reason = None if isinstance(failure, PerjacError) else _reason(failure)
         if not reason:
             raise
-        if isinstance(failure, LookupError):
-            raise NoGradientError(_without(program, reason[1])) from failure
         check_ids(program, head, batch)
         line = next(n for n in str(failure).splitlines() if _OUT_OF_RANGE.search(n))
         raise OutOfRangeError(
             f"An index in the data is out of range. TensorFlow says: {line.strip()[:200]}"
         ) from failure
-
-
-def _without(program: Program, kind: str) -> str:
-    """Return the message for an operation without a gradient, and the layers before it."""
-    traced = program.origin or program
-    there = [op for op in traced.graph.get_operations() if op.type == kind]
-    layer = layer_of(traced, there[0].name) if there else None
-    known = list(traced.taps)
-    before = known[: known.index(layer)] if layer in known else []
-    way = f"for example of={before[-1]!r}" if before else "by its layer's name"
-    where = f", in layer {layer!r}," if layer else ""
-    return (
-        f"The output depends on the operation {kind}{where} which has no gradient in TensorFlow. "
-        f"Differentiate an output before it with of=, {way}."
-    )
-
-
-def layer_of(program: Program, operation: str) -> str | None:
-    """Return the layer whose scope an operation lies in."""
-    scopes = re.sub(r"_\d+(?=/|$)", "", operation.rpartition("/")[0]).split("/")
-    layers = {re.sub(r"_\d+$", "", name): name for name in program.taps}
-    return next((layers[scope] for scope in reversed(scopes) if scope in layers), None)

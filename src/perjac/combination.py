@@ -11,16 +11,32 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.factors import Explicit, Factor, Grouped, Lookup, Outer, Sum
+from perjac.factors import Explicit, Factor, Grouped, Lookup, Outer, Pairs, Sum
 from perjac.layout import Relabelling
+from perjac.sources import Source
 
 
 def held_in(dtypes: Iterable[tf.DType]) -> tf.DType:
     """Return the type in which rows by sources of these types are held and summed up.
 
-    Half precision is too coarse, and too soon at its end, for sums of squares.
+    Half precision is too coarse, and too soon at its end, for sums of squares. Complex numbers are
+    held as pairs of real ones.
     """
-    return tf.float64 if tf.float64 in dtypes else tf.float32
+    return tf.float64 if tf.float64 in {dtype.real_dtype for dtype in dtypes} else tf.float32
+
+
+def held(source: Source, rows: tf.Tensor, dtype: tf.DType) -> Explicit:
+    """Return rows by a source, (B, K, *shape), as they are held in a floating type."""
+    if rows.dtype.is_complex:
+        return Pairs.of(rows).cast(dtype)
+    return Explicit(Relabelling.of(source.shape), rows).cast(dtype)
+
+
+def complex_like(dtype: tf.DType, real: tf.DType) -> tf.DType:
+    """Return a floating type, or the complex one of its width where `dtype` is complex."""
+    if not dtype.is_complex:
+        return real
+    return tf.complex128 if real == tf.float64 else tf.complex64
 
 
 def combine(factors: Sequence[Factor]) -> Factor:

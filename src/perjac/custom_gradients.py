@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import host, precision
+from perjac.importing import import_graph
 
 _GRADIENT = "_gradient_op_type"
 # On an IdentityN: how many of its operands it had before.
@@ -130,18 +131,7 @@ class _Gradient:
         wanted = [name for name in dict.fromkeys(self.dxs) if name is not None]
         made = [name for name in wanted if name not in feed]
         definition = self._raised if raised else self.graph_def
-        used = {
-            reference if ":" in reference else f"{reference}:0"
-            for node in definition.node
-            for reference in node.input
-        }
-        found = tf.graph_util.import_graph_def(
-            definition,
-            {name: tensor for name, tensor in feed.items() if name in used},
-            return_elements=made,
-            name="custom",
-        )
-        tensors = dict(zip(made, found or [], strict=True)) | feed
+        tensors = import_graph(definition, feed, made, "custom") | feed
         given = [None if name is None else tensors[name] for name in self.dxs]
         return given + [None] * len(self.inner)
 

@@ -395,10 +395,9 @@ class Engine(Trust):
         """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
         if inside.is_inside():
             return laid.derived(self, batch, objective, of, wrt, question, asked)
-        traced, names = self.traces.of(batch, objective)
-        head, sources = names.head(of), names.sources(wrt)
+        traced, names, head = self.traces.asked(batch, of, objective, self._check)
+        sources = names.sources(wrt)
         if self._check:
-            traced.check_graph(head)
             with blame.blamed(traced.program, head, batch):
                 traced.check_data(head, batch)
         traced.check_sources(head, sources)
@@ -432,8 +431,8 @@ class Engine(Trust):
         return self._outputs(self.traces.prepare(x), of)
 
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
-        traced, names = self.traces.of(batch)
-        return traced.outputs(names.head(of), batch, self.memory_limit)
+        traced, _, head = self.traces.asked(batch, of, check=False)
+        return traced.outputs(head, batch, self.memory_limit)
 
     def checked(self, batch: inputs.Batch, of: Any = None) -> tuple[Traced, str]:
         """Return the trace for such a batch and an output's tensor, the examples kept apart.
@@ -445,10 +444,8 @@ class Engine(Trust):
         """
         if inside.is_inside():
             return laid.checked(self, batch, of)
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
+        traced, _, head = self.traces.asked(batch, of, check=self._check)
         if self._check:
-            traced.check_graph(head)
             with blame.blamed(traced.program, head, batch):
                 traced.check_data(head, batch)
         return traced, head

@@ -57,6 +57,10 @@ class IntegerInputError(PerjacError, TypeError):
     """A derivative with respect to an integer input was asked for."""
 
 
+class NoGradientError(PerjacError, LookupError):
+    """An operation that TensorFlow has no gradient for, on the way to the output."""
+
+
 class PathError(PerjacError, ValueError):
     """`path="factored"` was asked of a weight that no rule covers."""
 
@@ -67,10 +71,6 @@ class InsideError(PerjacError, RuntimeError):
 
 class TooLargeError(PerjacError, MemoryError):
     """A result that does not fit into the memory limit."""
-
-
-class NoGradientError(PerjacError, LookupError):
-    """The output depends on an operation that TensorFlow has no gradient for."""
 
 
 class NotPicklableError(PerjacError, TypeError):

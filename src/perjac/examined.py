@@ -66,6 +66,11 @@ class Examined:
         InputError
             If it has no batch axis in front.
         """
+        if self.dtype(head).is_complex:
+            raise InputError(
+                f"The output {self.program.called(head)!r} is complex. perjac differentiates real "
+                "numbers: return its real and imaginary parts, or its absolute value."
+            )
         extent = self.program.extents.get(head)
         if extent is None or extent.fold != 1:
             shape = self.program.graph.get_tensor_by_name(head).shape
@@ -97,15 +102,20 @@ class Examined:
         """Return how the examples behind an output lie in the tensors."""
         return self.provenance(head).order
 
+    def check_shapes(self, head: str) -> None:
+        """Raise ExamplesMeetError where the batch axis is lost on the way to an output."""
+        self.once(
+            ("shapes", head),
+            lambda: independence.check_shapes(self.program, self._flow, head),
+        )
+
     def check_graph(self, head: str) -> None:
-        """Raise ExamplesMeetError where the trace shows that examples influence one another."""
+        """Raise ExamplesMeetError where the graph says that examples influence one another."""
         if head in self._kept_apart:
             return
         found = self.provenance(head)
         if found.meeting is not None:
             raise independence.meeting(self.program, *found.meeting)
-        if found.unclear:
-            independence.check_shapes(self.program, self._flow, head)
         self._kept_apart[head] = "" if found.unclear else "proved"
 
     def check_data(self, head: str, batch: Batch) -> None:

@@ -20,6 +20,7 @@ from perjac.inputs import Batch
 from perjac.rows import grouped_norms
 from perjac.seeds import Seeds
 from perjac.sources import Source
+from perjac.text import why_not_xla
 from perjac.traced import Traced
 
 Question = Callable[[Mapping[str, Factor], Sequence[Source], tuple[int, ...]], dict[str, tf.Tensor]]
@@ -102,6 +103,8 @@ def write(
     if taped:
         names = ", ".join(f"{d.source.key!r} ({d.reason})" for d in taped[:5])
         raise PathError(f"Only factored weights can be exported. These need the tape: {names}.")
+    if why := why_not_xla(traced.program):
+        raise InputError(f"The model cannot be exported: {why}. Give Engine what comes behind it.")
     question = JOBS[job][0]
     run = traced.body(head, sources, batch, chosen)
 

@@ -77,7 +77,7 @@ def load_model(
     if path.is_dir():
         from perjac.saved import SavedFunction
 
-        return SavedFunction(path, signature)
+        return SavedFunction.of_folder(path, signature)
     if signature is not None:
         raise InputError(f"signature={signature!r} is for SavedModels. Received: {path}.")
     if not path.exists():

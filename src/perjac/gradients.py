@@ -113,7 +113,7 @@ class Gradients(Rows):
         return self._ordered(
             {
                 key: tf.where(tf.equal(m, 0), tf.zeros_like(m), tf.square(m) / variance[key])
-                for key, m in mean.items()
+                for key, m in ((key, tf.abs(m)) for key, m in mean.items())
             }
         )
 

@@ -7,7 +7,6 @@ example's own cotangents only where no example influences another.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -104,7 +103,10 @@ def probe(
 def batches_of(inputs: Sequence[tf.Tensor]) -> list[Sequence[tf.Tensor]]:
     """Return a user's batch, and made-up ones of its shapes and kinds."""
     made = [
-        [tf.constant(np.stack([_changed(t[0].numpy(), 2 * n + m) for m in (0, 1)])) for t in inputs]
+        [
+            tf.constant(np.stack([_changed(np.asarray(t[0].numpy()), 2 * n + m) for m in (0, 1)]))
+            for t in inputs
+        ]
         for n in range(_MADE_UP)
     ]
     return [inputs, *made]
@@ -194,9 +196,7 @@ def _first_leak(
 
 def meeting(program: Program, tensor: str, kind: str) -> ExamplesMeetError:
     """Return the error that says at which tensor, of what operation, examples meet."""
-    scopes = re.sub(r"_\d+(?=/|$)", "", tensor.rpartition("/")[0]).split("/")
-    layers = {re.sub(r"_\d+$", "", name): name for name in program.taps}
-    layer = next((layers[scope] for scope in reversed(scopes) if scope in layers), None)
+    layer = program.layer_of(tensor)
     where = f"in layer {layer!r}" if layer else "outside of any layer"
     return ExamplesMeetError(
         f"Examples influence one another: they meet {where}, tensor {tensor!r} ({kind}). A "
@@ -211,7 +211,7 @@ def _two_different(inputs: Sequence[tf.Tensor]) -> list[np.ndarray]:
     """Return two examples that differ in every input, made up where the data has none."""
     pair = []
     for tensor in inputs:
-        first = tensor[0].numpy()
+        first = np.asarray(tensor[0].numpy())
         other = next((t for t in tensor[1:33].numpy() if not np.array_equal(t, first)), None)
         if other is None:
             other = _changed(first, 0)
@@ -227,5 +227,7 @@ def _changed(example: np.ndarray, seed: int) -> np.ndarray:
         return (example + 0.1 * (np.std(example) + 1) * noise).astype(example.dtype)
     if example.dtype.kind == "b":
         return ~example
+    if example.ndim == 0:
+        return example  # a text or a number by itself, of which there is no other order
     # Integers may be places in a table, and texts words of one, so only those that occur are safe.
     return np.roll(example.ravel(), 1 + seed).reshape(example.shape)

@@ -178,17 +178,17 @@ def declared(model: Any) -> list[Expected]:
 
 
 def made_up(expected: Sequence[Expected], count: int, seed: int) -> Any:
-    """Return made-up examples of declared shapes: normal numbers, or 0s and 1s for integers."""
+    """Return made-up examples of declared shapes: normal numbers; 0s and 1s, as text for text."""
     rng = np.random.default_rng(seed)
-    arrays = [
-        tf.cast(
-            rng.standard_normal((count, *known(e.shape[1:])))
-            if e.dtype.is_floating
-            else rng.integers(0, 2, (count, *known(e.shape[1:]))),
-            e.dtype,
-        )
-        for e in expected
-    ]
+    arrays = []
+    for e in expected:
+        shape = (count, *known(e.shape[1:]))
+        if e.dtype.is_floating:
+            arrays.append(tf.cast(rng.standard_normal(shape), e.dtype))
+        else:
+            digits = rng.integers(0, 2, shape)
+            is_text = e.dtype == tf.string
+            arrays.append(tf.as_string(digits) if is_text else tf.cast(digits, e.dtype))
     return arrays[0] if len(arrays) == 1 else arrays
 
 
@@ -253,6 +253,8 @@ def prepare(
         x = _as_array(x, called)
     elif isinstance(x, (list, tuple)) and len(x) == len(expected) == 1:
         x = x[0]
+    elif isinstance(x, Mapping):  # a list in it is a column
+        x = {key: np.asarray(v) if _is_column(v) else v for key, v in x.items()}
     structure, leaves = _taken_apart(x)
     if expected and len(leaves) != len(expected):
         raise InputError(
@@ -304,6 +306,13 @@ def _is_one_array(x: Sequence[Any], count: int) -> bool:
     return count <= 1
 
 
+def _is_column(leaf: Any) -> bool:
+    """Tell whether a mapping's value is a list of numbers or texts, nested or not."""
+    while isinstance(leaf, (list, tuple)) and leaf:
+        leaf = leaf[0]
+    return isinstance(leaf, (bool, int, float, str, bytes))
+
+
 def _paired(
     x: Any, expected: Sequence[Expected], count: int, called: str
 ) -> tuple[list[Expected | None], list[str]]:
@@ -339,14 +348,8 @@ def _tensor(
     except InputError:
         raise
     except (ValueError, TypeError) as failure:
-        raise InputError(f"{what} is no array of numbers: {failure}") from failure
-    if tensor.dtype == tf.string:
-        instead = (
-            "Put the text vectorisation before the model and give perjac its integers."
-            if is_input
-            else "Expected numbers, such as those of classes counted from 0."
-        )
-        raise InputError(f"{what} holds text. {instead}")
+        raise InputError(f"{what} is no array: {failure}") from failure
+    _check_text(tensor, what, spec, is_input)
     if spec is not None:
         tensor = checks.cast(tensor, spec.dtype, what)
         _check_shape(tensor, name, spec)
@@ -357,6 +360,25 @@ def _tensor(
     if tensor.shape.rank == 0:
         raise InputError(f"{what} is a single number. Expected a batch of examples.")
     return tensor
+
+
+def _check_text(tensor: tf.Tensor, what: str, spec: Expected | None, is_input: bool) -> None:
+    """Raise for text where numbers are expected, and the other way round.
+
+    What a plain function takes, only calling it shows.
+    """
+    is_text = tensor.dtype == tf.string
+    if not is_input:
+        if is_text:
+            raise InputError(
+                f"{what} holds text. Expected numbers, such as those of classes counted from 0."
+            )
+    elif spec is not None and is_text != (spec.dtype == tf.string):
+        given, wanted = ("text", "numbers") if is_text else ("numbers", "text")
+        raise InputError(
+            f"{what} holds {given}. Expected {wanted}: the model declares this input as "
+            f"{spec.dtype.name}."
+        )
 
 
 def _check_shape(tensor: tf.Tensor, name: str, spec: Expected) -> None:

@@ -392,8 +392,9 @@ def _pop(held: tf.Tensor, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     popped = tf.raw_ops.TensorListPopBack(
         input_handle=held, element_shape=[-1, *known(like.shape[1:])], element_dtype=like.dtype
     )
-    popped.tensor.set_shape([None, *like.shape[1:]])
-    return popped.output_handle, popped.tensor
+    # A list forgets the rank of what it holds, and oneDNN's layout pass, which fuses a sum with the
+    # convolution before it, ends the process where it finds none (TensorFlow 2.21).
+    return popped.output_handle, tf.ensure_shape(popped.tensor, [None, *like.shape[1:]])
 
 
 def _element(steps: tf.Tensor) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from perjac import host
 from perjac.errors import InputError, IntegerInputError, UnknownNameError, nearest
@@ -170,10 +171,11 @@ class Names:
         if not spec.dtype.is_floating:
             tables = [t.name for t in self._layers if isinstance(t, keras.layers.Embedding)]
             layer = tables[0] if tables else "embedding"
+            kind = "text" if spec.dtype == tf.string else "what is no real number"
             raise IntegerInputError(
                 f"Input {name!r} is of type {spec.dtype.name}: there is no derivative with "
-                "respect to integers. Ask for the layer that turns them into numbers: "
-                f"wrt=pj.activation({layer!r})."
+                f"respect to {kind}. Ask for the layer that turns it into real numbers: "
+                f"wrt=pj.activation({layer!r}). Other inputs can be named: wrt=[...]."
             )
         return Source("input", name, known(spec.shape[1:]), spec.dtype, index=number)
 

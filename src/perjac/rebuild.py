@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.flatten import canonical
+from perjac.importing import import_graph
 
 Replacement = Callable[["Builder", Any], Sequence[tf.Tensor]]
 
@@ -144,10 +145,7 @@ class Builder:
         graph = tf.compat.v1.get_default_graph()
         feed = {r: host.capture(graph, self.made[r]) for r in used if _node(r) not in there}
         names = [node.name for node in nodes]
-        imported = tf.graph_util.import_graph_def(
-            graph_def, input_map=feed, return_elements=names, name=""
-        )
-        for name, op in zip(names, imported or [], strict=True):
+        for name, op in import_graph(graph_def, feed, names, "").items():
             self._given.add(name)
             self.operations.append(op)
             self.made |= {f"{name}:{n}": tensor for n, tensor in enumerate(op.outputs)}
@@ -160,8 +158,7 @@ def alone(node: Any, inputs: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
     copy.CopyFrom(node)
     copy.input[:] = [f"operand_{n}" for n in range(len(inputs))]
     feed = {f"operand_{n}:0": tensor for n, tensor in enumerate(inputs)}
-    found = tf.graph_util.import_graph_def(graph_def, feed, return_elements=[node.name], name="")
-    return (found or [])[0].outputs
+    return import_graph(graph_def, feed, [node.name], "")[node.name].outputs
 
 
 def _node(reference: str) -> str:

@@ -15,12 +15,12 @@ import numpy as np
 import tensorflow as tf
 
 from perjac import given, memory, sketch
-from perjac.combination import held_in
+from perjac.combination import complex_like, held_in
 from perjac.errors import InputError, UnknownNameError, check_counts, check_one_of, nearest
 from perjac.explanation import Explanation
 from perjac.factors import Explicit, Factor
 from perjac.questions import Factors, Squares, query
-from perjac.shapes import size
+from perjac.shapes import known, size
 from perjac.sources import ByKey, Source, Weights, is_variable, match
 
 # Bytes of rows that are formed by one call: three of a small network take a fifth longer.
@@ -57,7 +57,8 @@ class Rows(Mapping):
         self._memory_limit, self._lead, self._row_shape = memory_limit, lead, row_shape
         dtypes = [source.dtype for source in sources]
         self._held = held_in(dtypes)
-        self._dtype = max(dtypes, key=lambda dtype: dtype.size)  # of what is about all sources
+        real = [dtype.real_dtype for dtype in dtypes]
+        self._dtype = max(real, key=lambda dtype: dtype.size)  # of what is about all sources
         self._count = (*lead, 1)[1]  # K
         self.shape = (*lead, sum(source.size for source in sources))
 
@@ -109,7 +110,9 @@ class Rows(Mapping):
         other = copy.copy(self)
         other._factors = {k: factor.cast(tf.float64) for k, factor in self._factors.items()}
         found = self._sources.items()
-        other._sources = {k: dataclasses.replace(s, dtype=tf.float64) for k, s in found}
+        other._sources = {
+            k: dataclasses.replace(s, dtype=complex_like(s.dtype, tf.float64)) for k, s in found
+        }
         other._held = other._dtype = tf.float64
         return other
 
@@ -124,7 +127,9 @@ class Rows(Mapping):
         self._check_size(self.shape[-1], self._dtype, "all of it")
         formed = self._whole() if self._is_small() else self
         parts = [tf.reshape(formed[k], [*self._lead, s.size]) for k, s in self._sources.items()]
-        return tf.concat([tf.cast(part, self._dtype) for part in parts], -1)
+        complex_ones = [part.dtype for part in parts if part.dtype.is_complex]
+        dtype = complex_like((complex_ones or [self._dtype])[0], self._dtype)
+        return tf.concat([tf.cast(part, dtype) for part in parts], -1)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Form everything as one array: `numpy.asarray(rows)` is `rows.matrix()`."""
@@ -339,7 +344,10 @@ class Rows(Mapping):
 
     def _ordered(self, answers: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answers in the order and types of the sources."""
-        found = {key: tf.cast(answers[key], s.dtype) for key, s in self._sources.items()}
+        found = {
+            key: tf.cast(answers[key], _type_of(s, answers[key]))
+            for key, s in self._sources.items()
+        }
         return ByKey(found, lambda key: self._find(key).key)
 
     def _find(self, key: Any) -> Source:
@@ -371,14 +379,20 @@ class Rows(Mapping):
                         f"Expected v[{source.key!r}] of shape {source.shape}. "
                         f"Received: {tuple(value.shape)}."
                     )
-            return {source.key: value for source, value in named.items()}
+            return {source.key: self._direction(source, value) for source, value in named.items()}
         flat = given.direction(v, self._held, "v")
         if tuple(flat.shape) != (self.shape[-1],):
             raise InputError(
                 f"Expected v of shape (P,) = ({self.shape[-1]},). Received: {tuple(flat.shape)}."
             )
         parts = tf.split(flat, [source.size for source in sources])
-        return {s.key: tf.reshape(part, s.shape) for s, part in zip(sources, parts, strict=True)}
+        return {
+            s.key: self._direction(s, tf.reshape(part, s.shape))
+            for s, part in zip(sources, parts, strict=True)
+        }
+
+    def _direction(self, source: Source, value: tf.Tensor) -> tf.Tensor:
+        return tf.cast(value, complex_like(source.dtype, self._held))
 
     def _check_size(self, size: int, dtype: tf.DType, what: str) -> None:
         shape = (*self._lead, size)
@@ -387,6 +401,11 @@ class Rows(Mapping):
             f"Forming {what} as {shape}",
             f"{self._instead}; or choose fewer outputs= or examples.",
         )  # fmt: skip
+
+
+def _type_of(source: Source, answer: tf.Tensor) -> tf.DType:
+    """Return the type of an answer about a source: sums of squares are real."""
+    return source.dtype if answer.dtype.is_complex else source.dtype.real_dtype
 
 
 def lengths(factors: Factors) -> tf.Tensor:
@@ -424,7 +443,7 @@ def _dense(factors: Factors, row_shape: tuple[int, ...]) -> dict[str, tf.Tensor]
     # In the shape that is shown: a reshape outside would be a call of its own for each weight.
     formed = {key: factor.dense() for key, factor in factors.items()}
     return {
-        key: tf.reshape(rows, [-1, *row_shape, *factors[key].layout.shape])
+        key: tf.reshape(rows, [-1, *row_shape, *known(rows.shape[2:])])
         for key, rows in formed.items()
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -27,19 +27,21 @@ _GRADIENT = "_gradient_op_type"
 
 
 class SavedFunction:
-    """One signature of a SavedModel.
+    """One signature of a SavedModel, or another function that was traced before.
 
     Parameters
     ----------
-    path : Path
-        The folder.
-    signature : str, optional
-        Which; may be left out where there is only one, or one called "serving_default".
+    function : tf.types.experimental.ConcreteFunction
+        Takes tensors, by name or in order.
+    name : str
+        The signature's, for messages.
+    owner : object, optional
+        What owns the variables, to be kept.
+    variables : sequence of variables, optional
+        What it reads, where that is known better than from the function.
 
     Attributes
     ----------
-    name : str
-        The signature's.
     inputs : list of tf.TensorSpec
         What it takes, by name.
     variables, trainable_variables : list of tf.Variable
@@ -47,34 +49,62 @@ class SavedFunction:
 
     Raises
     ------
-    FileFormatError
-        If the folder holds no SavedModel, or one that cannot be read.
-    UnknownNameError
-        If it has no such signature.
     InputError
-        If the signature takes text, or fixes the batch.
+        If it takes a single number beside the batch.
     """
 
-    def __init__(self, path: pathlib.Path, signature: str | None = None):
-        self._loaded = _load(path)  # owns the variables
-        self.name = _chosen(dict(self._loaded.signatures), signature, path)
-        self._function = self._loaded.signatures[self.name]
-        named: Mapping[str, Any] = self._function.structured_input_signature[1]
-        self.inputs = [tf.TensorSpec(t.shape, t.dtype, name) for name, t in sorted(named.items())]
+    def __init__(
+        self,
+        function: Any,
+        name: str,
+        owner: Any = None,
+        variables: Sequence[Any] | None = None,
+    ):
+        self.name, self._function, self._owner = name, function, owner
+        positional, named = function.structured_input_signature
+        self._by_name = not positional
+        ordered = [*tf.nest.flatten(positional), *(named[key] for key in sorted(named))]
+        names = [*_named(tf.nest.flatten(positional)), *sorted(named)]
+        taken = [(n, t) for n, t in zip(names, ordered, strict=True) if isinstance(t, tf.TypeSpec)]
+        self.inputs = [tf.TensorSpec(t.shape, t.dtype, n) for n, t in taken]
         for spec in self.inputs:
-            _check(spec, self.name)
-        self.variables = list(self._function.variables)
-        floats = [v for v in self.variables if v.dtype.is_floating]
+            _check(spec, name)
+        self.variables = list(function.variables if variables is None else variables)
+        floats = [v for v in self.variables if tf.as_dtype(v.dtype).is_floating]
         self.trainable_variables = [v for v in floats if v.trainable] or floats
-        if not self.variables:
+
+    @classmethod
+    def of_folder(cls, path: pathlib.Path, signature: str | None = None) -> SavedFunction:
+        """Return a signature of a folder; its "serving_default" or only one by default.
+
+        Raises
+        ------
+        FileFormatError
+            If the folder holds no SavedModel, or one that cannot be read.
+        UnknownNameError
+            If it has no such signature.
+        InputError
+            If the signature has no variables.
+        """
+        owner = _load(path)
+        name = _chosen(dict(owner.signatures), signature, f"The SavedModel {path}")
+        found = cls(owner.signatures[name], name, owner)
+        if not found.variables:
             raise InputError(
-                f"Signature {self.name!r} of {path} has no variables: its weights are frozen into "
+                f"Signature {name!r} of {path} has no variables: its weights are frozen into "
                 "constants. Give Engine the function that tf.saved_model.load returns, and ask "
                 "wrt='inputs'."
             )
+        return found
+
+    @classmethod
+    def of_loaded(cls, owner: Any) -> SavedFunction:
+        """Return the default signature of what `tf.saved_model.load` returned."""
+        name = _chosen(dict(owner.signatures), None, "What was loaded")
+        return cls(owner.signatures[name], name, owner)
 
     def __call__(self, inputs: Any) -> Any:
-        """Run the signature on a batch: one array, or one for each input, in order or by name."""
+        """Run the function on a batch: one array, or one for each input, in order or by name."""
         names = [spec.name for spec in self.inputs]
         if not isinstance(inputs, Mapping):
             inputs = dict(zip(names, tf.nest.flatten(inputs), strict=True))
@@ -83,7 +113,21 @@ class SavedFunction:
                 f"Signature {self.name!r} takes the inputs {', '.join(map(repr, names))}. "
                 f"Received: {', '.join(map(repr, inputs))}."
             )
-        return self._function(**inputs)
+        if self._by_name:
+            return self._function(**inputs)
+        positional, named = self._function.structured_input_signature
+        flat = iter([inputs[name] for name in names])
+        given = [
+            next(flat) if isinstance(t, tf.TypeSpec) else t for t in tf.nest.flatten(positional)
+        ]
+        rest = {key: next(flat) for key in sorted(named) if isinstance(named[key], tf.TypeSpec)}
+        return self._function(*tf.nest.pack_sequence_as(positional, given), **rest)
+
+
+def _named(specs: Sequence[Any]) -> list[str]:
+    """Return names for arguments, which may lack one or share it."""
+    names = [getattr(spec, "name", None) or f"input_{n}" for n, spec in enumerate(specs)]
+    return [name if names.count(name) == 1 else f"{name}_{n}" for n, name in enumerate(names)]
 
 
 def _load(path: pathlib.Path) -> Any:
@@ -136,41 +180,28 @@ def _without_lost_gradients(path: pathlib.Path, copy: pathlib.Path) -> pathlib.P
     return copy
 
 
-def _chosen(signatures: Mapping[str, Any], asked: str | None, path: pathlib.Path) -> str:
+def _chosen(signatures: Mapping[str, Any], asked: str | None, what: str) -> str:
     names = sorted(signatures)
     if not names:
         raise FileFormatError(
-            f"The SavedModel {path} has no signatures. Load it with tf.saved_model.load and give "
+            f"{what} has no signatures. Load it with tf.saved_model.load and give "
             "Engine one of its functions, with variables=[...]."
         )
     if asked is not None:
         if asked not in signatures:
-            raise UnknownNameError(
-                f"The SavedModel {path} has no signature {asked!r}. " + nearest(asked, names)
-            )
+            raise UnknownNameError(f"{what} has no signature {asked!r}. " + nearest(asked, names))
         return asked
     if "serving_default" in signatures or len(names) == 1:
         return "serving_default" if "serving_default" in signatures else names[0]
     raise InputError(
-        f"The SavedModel {path} has {len(names)} signatures: {', '.join(map(repr, names))}. "
+        f"{what} has {len(names)} signatures: {', '.join(map(repr, names))}. "
         f"Choose one, for example signature={names[0]!r}."
     )
 
 
 def _check(spec: tf.TensorSpec, signature: str) -> None:
-    if spec.dtype == tf.string:
-        raise InputError(
-            f"Signature {signature!r} takes text ({spec.name!r}). perjac takes numbers: choose a "
-            "signature behind the text's preparation."
-        )
     if spec.shape.rank == 0:
         raise InputError(
             f"Signature {signature!r} takes a single number, {spec.name!r}, beside the batch. Load "
             "the model with tf.saved_model.load, and give Engine a function that fills it in."
-        )
-    if spec.shape.rank and spec.shape[0] is not None:
-        raise InputError(
-            f"Signature {signature!r} takes {spec.name!r} of shape {spec.shape}, whose first axis "
-            "is fixed. perjac traces with the number of examples unknown: save the model with "
-            "None there."
         )

@@ -104,13 +104,41 @@ class Weights:
         All that the model has, each once.
     trainable : sequence of variables
         Those that `wrt="weights"` means.
+    held : sequence of variables, optional
+        Those that a plain function holds: which of them, or of others, it reads is found in every
+        trace, and those are added.
     """
 
-    def __init__(self, variables: Sequence[Any], trainable: Sequence[Any]):
-        self.variables = list(variables)
-        self.keys = _distinct([host.variable_path(v) for v in self.variables])
-        self._number = {id(host.tf_variable(v)): n for n, v in enumerate(self.variables)}
-        self.trainable = [self._number[id(host.tf_variable(v))] for v in trainable]
+    def __init__(
+        self,
+        variables: Sequence[Any],
+        trainable: Sequence[Any],
+        held: Sequence[Any] | None = None,
+    ):
+        self.variables: list[Any] = []
+        self.keys: list[str] = []
+        self.trainable: list[int] = []
+        self._number: dict[int, int] = {}
+        self._held = held
+        self._add(variables, trainable)
+
+    def read_by(self, concrete: Any) -> None:
+        """Add the variables that a traced function reads, unless the user or the model lists them.
+
+        The numbers and keys of those that are there already stay as they are.
+        """
+        if self._held is not None:
+            found = host.variables_read(concrete, self._held)
+            self._add(found, [v for v in found if v.trainable])
+
+    def _add(self, variables: Sequence[Any], trainable: Sequence[Any]) -> None:
+        for variable in variables:
+            if id(host.tf_variable(variable)) not in self._number:
+                self._number[id(host.tf_variable(variable))] = len(self.variables)
+                self.variables.append(variable)
+        self.keys[:] = _distinct([host.variable_path(v) for v in self.variables])
+        numbers = [self._number[id(host.tf_variable(v))] for v in trainable]
+        self.trainable += [n for n in dict.fromkeys(numbers) if n not in self.trainable]
 
     def number(self, variable: Any) -> int | None:
         """Return which variable this is, or None for one that is not the model's."""

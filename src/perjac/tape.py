@@ -80,6 +80,8 @@ class Tape:
         if not self._refused:
             try:
                 rows = self._together(list(inputs), payload)
+            except LookupError:  # an operation without a gradient, which no loop has either
+                raise
             except Exception as failure:  # pfor raises whatever the converter stumbled over
                 self._refused = _first_line(failure)
             else:
@@ -134,15 +136,18 @@ class Tape:
     def _rows(self, example: list[tf.Tensor], payload: tf.Tensor, pfor: bool) -> list[tf.Tensor]:
         """One example's rows with respect to every source, each (K, *shape)."""
         inputs = [t[None] for t in example]
-        with tf.GradientTape() as tape:
-            tape.watch([t for t in inputs if t.dtype.is_floating])
-            tape.watch([self._tensor(s, [], {}) for s in self._sources if s.kind == "weight"])
+        # What is not watched is not gone back to: there may be no gradient on the way.
+        hidden = any(s.kind == "activation" for s in self._sources)
+        with tf.GradientTape(persistent=not pfor, watch_accessed_variables=hidden) as tape:
+            tape.watch([t for t in inputs if hidden and t.dtype.is_floating])
+            given = [s for s in self._sources if s.kind != "activation"]
+            tape.watch([self._tensor(s, inputs, {}) for s in given])
             heads, taps = self._callee(tf.nest.pack_sequence_as(self._structure, inputs))
             output = select(self._kind, payload, self._head(heads, taps)[0])
         against = [self._tensor(source, inputs, taps) for source in self._sources]
         # Zeros are filled in here: asking the tape for them fails in TensorFlow 2.21 as soon as
         # a source is unconnected.
-        rows = tape.jacobian(output, against, experimental_use_pfor=pfor)
+        rows = tape.jacobian(output, against) if pfor else _one_by_one(tape, output, against)
         count = tf.shape(output)[0]
         pairs = list(zip(self._sources, rows, strict=True))
         self.disconnected = {source for source, row in pairs if row is None}
@@ -159,14 +164,55 @@ class Tape:
         return inputs[source.index] if source.kind == "input" else self._taps[source]({}, taps)
 
 
+def _one_by_one(tape: tf.GradientTape, output: tf.Tensor, against: Sequence[Any]) -> list[Any]:
+    """Return what `tape.jacobian` does, by a loop over the entries of the output, (K,).
+
+    TensorFlow's own loop, as in 2.21, takes every row to be of the output's type.
+    """
+    count = tf.shape(output)[0]
+
+    def row(k: Any) -> list[Any]:
+        unit = tf.one_hot(k, count, dtype=output.dtype)
+        return tape.gradient(output, against, output_gradients=unit)
+
+    return looped(row, count, output.shape[0])
+
+
+def looped(row: Callable[[Any], list[Any]], count: Any, known_count: int | None) -> list[Any]:
+    """Return the tensors of `row(k)` for k from 0 to count - 1, stacked; None where it gives None.
+
+    `known_count` is the count where that is a number, and not only known when the graph runs.
+    """
+    first = row(0)
+    reached = [n for n, g in enumerate(first) if g is not None]
+    found: list[Any] = [None] * len(first)
+    rows = [tf.convert_to_tensor(first[n]) for n in reached]
+    if known_count == 1:
+        rows = [r[None] for r in rows]
+    elif reached:  # the first row is there for its types: as nobody uses it, it is never computed
+        rows = tf.map_fn(
+            lambda k: [tf.convert_to_tensor(g) for g in row(k) if g is not None],
+            tf.range(count),
+            fn_output_signature=[tf.TensorSpec(r.shape, r.dtype) for r in rows],
+        )
+    for n, of_source in zip(reached, rows, strict=True):
+        found[n] = of_source
+    return found
+
+
 def _distances(found: Sequence[tf.Tensor], right: Sequence[tf.Tensor]) -> list[float]:
     """Relative distances; of a source with hardly any gradient, relative to the largest's."""
-    norms = [float(tf.norm(tf.cast(r, tf.float64))) for r in right]
+    wide = [tf.complex128 if r.dtype.is_complex else tf.float64 for r in right]
+    norms = [_length(tf.cast(r, w)) for r, w in zip(right, wide, strict=True)]
     floor = 1e-3 * max(norms) or 1.0
     return [
-        float(tf.norm(tf.cast(f, tf.float64) - tf.cast(r, tf.float64))) / max(norm, floor)
-        for f, r, norm in zip(found, right, norms, strict=True)
+        _length(tf.cast(f, w) - tf.cast(r, w)) / max(norm, floor)
+        for f, r, w, norm in zip(found, right, wide, norms, strict=True)
     ]
+
+
+def _length(tensor: tf.Tensor) -> float:
+    return float(tf.norm(tf.abs(tensor)))
 
 
 def _first_line(failure: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import tensorflow as tf
 from perjac import host
 from perjac.adjoints import quickened
 from perjac.errors import InputError, UnknownNameError, nearest
-from perjac.flatten import CALLS, canonical, is_for_xla
+from perjac.flatten import CALLS, is_for_xla
+from perjac.importing import import_graph
 from perjac.loops import LOOPS, StandIn
 from perjac.shapes import Dims, Extent
 from perjac.sources import Activation, Weights
@@ -49,7 +51,7 @@ class Callee:
         taps: Taps = {}
 
         def seen(name: str, output: Any) -> None:
-            tensors = [t for t in tf.nest.flatten(output) if tf.is_tensor(t)]
+            tensors = [t for t in tf.nest.flatten(output) if isinstance(t, tf.Tensor)]
             if tensors:
                 taps.setdefault(name, []).append(tensors[0])
 
@@ -158,6 +160,12 @@ class Program:
         """Return the name a user knows an output by: the head's or the layer's."""
         named = [(name, [there]) for name, there in self.heads.items()] + list(self.taps.items())
         return next((name for name, tensors in named if tensor in tensors), tensor)
+
+    def layer_of(self, operation: str) -> str:
+        """Return the innermost layer in whose scope an operation lies, or nothing."""
+        scopes = [re.sub(r"_\d+$", "", scope) for scope in operation.split("/")[:-1]]
+        layers = {re.sub(r"_\d+$", "", name): name for name in self.taps}
+        return next((layers[scope] for scope in reversed(scopes) if scope in layers), "")
 
     def tap(self, activation: Activation, also: Sequence[str] = ()) -> str:
         """Return the tensor of a hidden layer's output."""
@@ -353,10 +361,9 @@ class Program:
             found = self.replay(inputs, {}, names)
             return [tf.shape(found[name]) for name in names]
 
-        value = self.batches.index(batch)
-        fill = [tf.fill([batch, *s.shape[1:]], tf.cast(value, s.dtype)) for s in self.specs]
         try:
-            shapes = run(fill)
+            number = self.batches.index(batch)
+            shapes = run([_filled(spec, batch, number) for spec in self.specs])
         except tf.errors.OpError:  # the model does not take such data
             return {}
         return {n: tuple(s.numpy().tolist()) for n, s in zip(names, shapes, strict=True)}
@@ -376,6 +383,13 @@ class Program:
         return found
 
 
+def _filled(spec: tf.TensorSpec, batch: int, number: int) -> tf.Tensor:
+    """Return a batch of zeros, or of ones; of empty texts, or of some of one word."""
+    if spec.dtype == tf.string:
+        return tf.fill([batch, *spec.shape[1:]], "word" if number else "")
+    return tf.fill([batch, *spec.shape[1:]], tf.cast(number, spec.dtype))
+
+
 def _dims(tensor: Any) -> Dims | None:
     return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
 
@@ -392,14 +406,7 @@ def import_program(
     for n in reversed(range(len(rest.node))):
         if rest.node[n].op == "Placeholder" and rest.node[n].name in replaced:
             del rest.node[n]
-    used = {canonical(reference) for node in rest.node for reference in node.input}
-    found = tf.graph_util.import_graph_def(
-        rest,
-        input_map={name: tensor for name, tensor in feed.items() if name in used},
-        return_elements=wanted,
-        name="perjac",
-    )
-    return dict(zip(wanted, found or [], strict=True)) | {n: feed[n] for n in names if n in feed}
+    return import_graph(rest, feed, wanted, "perjac") | {n: feed[n] for n in names if n in feed}
 
 
 def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weights: Weights):
@@ -420,6 +427,15 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
     -------
     Program
     """
+    concrete, taps = record(callee, specs, structure)
+    weights.read_by(concrete)
+    return collect(concrete, len(specs), weights, taps)
+
+
+def record(
+    callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any
+) -> tuple[Any, dict[str, list[str]]]:
+    """Return a model's concrete function, and the names of its layers' outputs there."""
     taps: Taps = {}
 
     @tf.function(autograph=False)
@@ -430,10 +446,9 @@ def trace(callee: Callee, specs: Sequence[tf.TensorSpec], structure: Any, weight
 
     concrete = call.get_concrete_function(*specs)
     graph: Any = concrete.graph
-    named = {
+    return concrete, {
         name: [t.name if t.graph is graph else "" for t in calls] for name, calls in taps.items()
     }
-    return collect(concrete, len(specs), weights, named)
 
 
 def collect(concrete: Any, inputs: int, weights: Weights, taps: dict[str, list[str]]) -> Program:

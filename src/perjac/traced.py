@@ -7,22 +7,22 @@ import copy
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from perjac import blame, device, host, inside, memory
 from perjac.chunks import MOST, Load, Pace
-from perjac.combination import held_in, join_rows, joined
+from perjac.combination import held, held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
 from perjac.errors import NotFiniteError, SlowPathWarning, warn, warn_disconnected
 from perjac.examined import Examined
-from perjac.factors import Explicit, Factor
+from perjac.factors import Factor
+from perjac.failing import Failed, failing
 from perjac.inputs import Batch
 from perjac.inspection import Plan, Spent
 from perjac.jobs import Asked, Jobs
-from perjac.layout import Relabelling
 from perjac.plan import Decision, Job, targets_of, zero
 from perjac.provenance import Order
 from perjac.questions import THEMSELVES, Question, query
@@ -30,25 +30,10 @@ from perjac.schedules import Schedule, alternatives, rows_at_once
 from perjac.seeds import Seeds
 from perjac.sources import Source
 from perjac.tape import Tape, finder
+from perjac.text import why_not_pfor
 from perjac.trace import Callee, Program
 from perjac.tuning import Trial, Tuned, signature, tune
-
-
-class _Failed(Exception):
-    """Raised where the factored path fails; its cause tells how."""
-
-
-@contextlib.contextmanager
-def _failing(last: bool) -> Iterator[None]:
-    """Have what fails in the block raise _Failed, unless there is no other way to go."""
-    try:
-        yield
-    except (NotForXla, tf.errors.ResourceExhaustedError):
-        raise
-    except Exception as failure:  # TensorFlow raises whatever an odd graph runs into
-        if last or blame.is_users(failure):
-            raise
-        raise _Failed from failure
+from perjac.undifferentiable import no_gradient, without_gradient
 
 
 def _sealing(tape: Tape) -> Callable[..., Any]:
@@ -197,16 +182,20 @@ class Traced(Examined):
             whole = where == slice(0, batch.size)
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
-            with _failing(last):
+            with failing(last):
                 output, answers, fine = self._sweep(task, part, seeds)
             self._check_finite(head, batch, fine)
             outputs.append(output)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
                 taking = tape if not host.is_watched() else _sealing(tape)
+                try:
+                    found = taking(part.tensors, seeds)
+                except LookupError as failure:
+                    raise no_gradient(self.program, head, taped, failure) from failure
                 explicit = {
-                    source.key: Explicit(Relabelling.of(source.shape), rows).cast(task.dtype)
-                    for source, rows in zip(taped, taking(part.tensors, seeds), strict=True)
+                    source.key: held(source, rows, task.dtype)
+                    for source, rows in zip(taped, found, strict=True)
                 }
                 answers |= query(question)(explicit)
                 lost.update(tape.disconnected)
@@ -214,11 +203,15 @@ class Traced(Examined):
 
         try:
             if self._autotune and task.swept:
-                with _failing(last):
+                with failing(last):
                     task = self._tuned(task, batch, chosen)[0]
             runs = task.load.runs(batch.size, task.room)
             answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
-        except _Failed as failed:
+        except Failed as failed:
+            if isinstance(failed.__cause__, LookupError) and (
+                last or without_gradient(self.program, head, sources) is not None
+            ):
+                raise no_gradient(self.program, head, sources, failed.__cause__) from failed
             self._give_up(head, failed.__cause__)
             return self.answers(head, sources, batch, chosen, memory_limit, question)
         missing = [s for s in sources if s in lost or s.key not in answers]
@@ -431,7 +424,7 @@ class Traced(Examined):
                 program.weights.variables,
                 sources,
                 kind,
-                refused=(program.origin or program).stubborn,
+                refused=(program.origin or program).stubborn or why_not_pfor(program),
                 jit=self._whole,
             ),
         )

@@ -83,10 +83,7 @@ class Trust:
         check_counts(batch_size=batch_size)
         inside.refuse("inspect()")
         batch = self.traces.prepare(self.traces.example() if x is None else x)
-        traced, names = self.traces.of(batch)
-        head = names.head(of)
-        if self._check:
-            traced.check_graph(head)
+        traced, names, head = self.traces.asked(batch, of, check=self._check)
         count = size(traced.row_shape(head))
         sources = names.sources("weights")
         chosen = seeds.make(None, None, batch_size, traced.row_shape(head), traced.dtype(head))

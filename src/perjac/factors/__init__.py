@@ -8,7 +8,19 @@ from perjac.factors.base import Explicit, Factor, Zero
 from perjac.factors.lookup import Lookup
 from perjac.factors.moments import Moments
 from perjac.factors.outer import Grouped, Outer
+from perjac.factors.pairs import Pairs
 from perjac.factors.sum import Sum
 from perjac.factors.way import Way
 
-__all__ = ["Explicit", "Factor", "Grouped", "Lookup", "Moments", "Outer", "Sum", "Way", "Zero"]
+__all__ = [
+    "Explicit",
+    "Factor",
+    "Grouped",
+    "Lookup",
+    "Moments",
+    "Outer",
+    "Pairs",
+    "Sum",
+    "Way",
+    "Zero",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ import tensorflow as tf
 from perjac import host, inside, memory, progress, seeds
 from perjac.engine import Engine
 from perjac.errors import InputError
+from perjac.fixed import Fixed
 from perjac.inputs import Batch
 from perjac.naming import before_link
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.rates import rates
+from perjac.saliency.slots import rounds
 from perjac.saliency.tail import after
 from perjac.sources import Activation
 from perjac.traced import Traced
@@ -124,8 +126,8 @@ class Explained:
         self._engine, self._batch = engine, batch
         self._sources = [batch.names[n] for n in self._places]
         self.values = [batch.tensors[n] for n in self._places]
-        traced, names = engine.traces.of(batch)
-        head = names.head(of)
+        traced, _, head = engine.traces.asked(batch, of, check=False)
+        self._in_places = isinstance(traced, Fixed)
         self._each = traced.footprint(head)
         self.link = "" if of == "logits" else before_link(traced.program, head)[1]
         dtype = traced.dtype(head)
@@ -186,6 +188,8 @@ class Explained:
 
     def forward(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> tf.Tensor:
         """Return the target at other points, (N, M), without a gradient."""
+        if self._in_places and not self._stand(owners):
+            return self._by_rounds(lambda p, own: [self.forward(p, own)], points, owners)[0]
         outputs = self._engine.outputs(self._packed(points, owners), of=self._of)
         return self.target.of(outputs, owners)
 
@@ -325,6 +329,14 @@ class Explained:
         self, points: Sequence[tf.Tensor], owners: np.ndarray
     ) -> tuple[tf.Tensor, list[tf.Tensor], tf.Tensor]:
         """Return what `at` does, and the model's outputs (N, *output_shape)."""
+        if self._in_places and not self._stand(owners):
+
+            def flat(moved: Sequence[tf.Tensor], own: np.ndarray) -> list[tf.Tensor]:
+                values, gradients, outputs = self._asked(moved, own)
+                return [values, *gradients, outputs]
+
+            values, *gradients, outputs = self._by_rounds(flat, points, owners)
+            return values, gradients, outputs
         jac = self._engine.jacobian(
             self._packed(points, owners),
             wrt=self._sources,
@@ -337,6 +349,34 @@ class Explained:
             for name, value in zip(self._sources, self.values, strict=True)
         ]
         return self.target.of(jac.outputs, owners), gradients, jac.outputs
+
+    def _stand(self, owners: np.ndarray) -> bool:
+        """Tell whether there is one point for each example, in the order of the batch."""
+        return np.array_equal(owners, np.arange(self.size))
+
+    def _by_rounds(
+        self,
+        ask: Callable[[Sequence[tf.Tensor], np.ndarray], list[tf.Tensor]],
+        points: Sequence[tf.Tensor],
+        owners: np.ndarray,
+    ) -> list[tf.Tensor]:
+        """Ask a model of one batch size about any points, each at its example's place."""
+        order, parts = [], []
+        for which, where in rounds(owners, self.size):
+            missing = tf.reshape(tf.constant(which < 0), [-1])
+            moved = [
+                tf.where(
+                    tf.reshape(missing, [-1] + [1] * (p.shape.rank - 1)),
+                    value,
+                    tf.cast(tf.gather(p, np.maximum(which, 0)), value.dtype),
+                )
+                for p, value in zip(points, self.values, strict=True)
+            ]
+            found = ask(moved, np.arange(self.size))
+            order += which[where].tolist()
+            parts.append([tf.gather(t, where) for t in found])
+        back = np.argsort(order)
+        return [tf.gather(tf.concat(each, 0), back) for each in zip(*parts, strict=True)]
 
     def _packed(self, points: Sequence[tf.Tensor], owners: np.ndarray) -> Any:
         moved = dict(zip(self._places, points, strict=True))
