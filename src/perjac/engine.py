@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import binding, inputs, memory, seeds
+from perjac.certificate import SCHEDULES
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
@@ -28,6 +29,7 @@ _OPTIONS = {
     "jit": ("auto", True, False),
     "autotune": (True, False),
     "independence": ("check", "trust"),
+    "certify": SCHEDULES,
 }
 
 
@@ -62,6 +64,10 @@ class Engine(Trust):
         remembers nothing.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
+    certify : {"schedule", "always", "never"}
+        Which calls are compared with `tf.GradientTape` on the model itself: the first of each
+        kind, then calls 2, 4, 8, ...; all; or none. One backward pass tells whether a random sum
+        of all rows is right. Weights for which it is not take the tape path, with a warning.
 
     Attributes
     ----------
@@ -98,15 +104,19 @@ class Engine(Trust):
         jit: bool | str = "auto",
         autotune: bool = False,
         independence: str = "check",
+        certify: str = "schedule",
     ):
-        given = {"path": path, "jit": jit, "autotune": autotune, "independence": independence}
+        given = {
+            "path": path, "jit": jit, "autotune": autotune, "independence": independence,
+            "certify": certify,
+        }  # fmt: skip
         for name, value in given.items():
             check_one_of(value, _OPTIONS[name], name)
         memory.limit(memory_limit)  # refuses what it cannot read
         self.model = model = binding.loaded(model, signature)
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
-        self.traces = Traces(model, variables, training, path, jit, autotune)
+        self.traces = Traces(model, variables, training, path, jit, autotune, certify)
         self._weights = self.traces.weights
         self._objectives = Objectives(model, self.traces)
 

@@ -203,6 +203,11 @@ def _packing(structure: Any) -> Callable[[Iterator[Any]], Any]:
     return next
 
 
+def is_eager() -> bool:
+    """Tell whether operations run at once, as usual: in no graph, and functions are compiled."""
+    return tf.executing_eagerly() and not tf.config.functions_run_eagerly()
+
+
 def scratch_graph() -> Any:
     """Return a function graph to try things in (`tf.__internal__.FuncGraph`, since 2.5)."""
     return tf.__internal__.FuncGraph("scratch")
@@ -361,6 +366,14 @@ def loss_options(loss: Any) -> dict[str, Any]:
 def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     """Return the mask that a layer or loss left on a tensor (`_keras_mask`, since Keras 3.0)."""
     return getattr(tensor, "_keras_mask", None)
+
+
+def logits_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """Return what Keras's softmax or sigmoid was taken of (`_keras_logits`, since Keras 3.0).
+
+    Keras leaves it on the result, for its own crossentropies.
+    """
+    return getattr(tensor, "_keras_logits", None)
 
 
 def takes_training(layer: Any) -> bool:

@@ -56,6 +56,16 @@ class Sizes:
             self.wasted[size] = self.wasted.get(size, 0.0) + seconds * (1 - size / at)
 
 
+def within(answers: Any, where: slice, of: int) -> Any:
+    """Return what belongs to some of the examples of a nest of tensors, as `first` does."""
+
+    def cut(tensor: tf.Tensor) -> tf.Tensor:
+        positions = len(tensor) // of
+        return tensor[where.start * positions : where.stop * positions]
+
+    return tf.nest.map_structure(cut, answers)
+
+
 def first(answers: Any, count: int, of: int) -> Any:
     """Return what belongs to the first examples of a nest of tensors, all with examples in front.
 

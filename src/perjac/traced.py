@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import device, host, memory
+from perjac.certificate import Certificates, Due, Failed
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -93,6 +94,8 @@ class Traced(Examined):
         Whether it compiles all from inputs to factors, and not only where it is faster on a CPU.
     autotune : bool
         Whether schedules are tried.
+    certify : str
+        Which calls are certified.
     """
 
     def __init__(
@@ -104,8 +107,11 @@ class Traced(Examined):
         jit: bool,
         whole: bool = False,
         autotune: bool = False,
+        certify: str = "never",
     ):
         super().__init__(callee, program, structure, path)
+        self._certificates = Certificates(callee, structure, program, lambda: self.plain, certify)
+        self._uncertified = self._certificates.refused
         self._xla, self._whole = whole or (jit and program.suits_xla), whole
         self._may_xla, self._autotune = jit, autotune
         self._apart: set[Question] = set()  # questions that XLA does not compile
@@ -160,8 +166,11 @@ class Traced(Examined):
         """
         key = (
             head, tuple(sources), batch.size, chosen.signature, memory_limit, question, self._order,
+            len(self._uncertified),
         )  # fmt: skip
-        if (known := self._alone.get(key)) is not None:
+        turns = self._certificates.turns(head, key[1], chosen.signature, question)
+        due = batch.size > 0 and host.is_eager() and turns.due()
+        if not due and (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
                 self._check_finite(batch, fine)
@@ -185,9 +194,10 @@ class Traced(Examined):
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
             with _failing(last):
-                output, answers, fine = self._sweep(task, part, seeds)
+                output, factors, fine = self._sweep(task, part, seeds, apart=due)
             self._check_finite(batch, fine)
             outputs.append(output)
+            answers = query(question)(factors) if due and question != THEMSELVES else factors
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
                 explicit = {
@@ -195,7 +205,11 @@ class Traced(Examined):
                     for source, rows in zip(taped, tape(part.tensors, seeds), strict=True)
                 }
                 answers |= query(question)(explicit)
+                factors = {**factors, **explicit}
                 lost.update(tape.disconnected)
+            if due and where.start == 0:
+                asked = Due(turns, tuple(taped))
+                self._certificates.check(asked, head, sources, part, seeds, factors)
             return answers
 
         try:
@@ -204,14 +218,15 @@ class Traced(Examined):
                     task = self._tuned(task, batch, chosen)[0]
             runs = task.load.runs(batch.size, task.room)
             answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
-        except _Failed as failed:
-            self._give_up(head, failed.__cause__)
+        except (_Failed, Failed) as failed:
+            if isinstance(failed, _Failed):
+                self._give_up(head, failed.__cause__)
             return self.answers(head, sources, batch, chosen, memory_limit, question)
         missing = [s for s in sources if s in lost or s.key not in answers]
         if missing:
             warn_disconnected(self.program.called(head), [s.key for s in missing])
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
-        elif not taped and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
+        elif not (taped or due) and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
             self._alone[key] = self._job(task, chosen.signature, batch.size)
         return joined(outputs), {s.key: answers[s.key] for s in sources}
 
@@ -229,6 +244,8 @@ class Traced(Examined):
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
         taped = [d.source for d in decisions if d.path == "tape"]
+        taped += [s for s in others if s in self._uncertified]
+        others = [s for s in others if s not in self._uncertified]
         if self._why_tape(head):
             taped, others = list(sources), []
         task = _Task(
@@ -285,6 +302,7 @@ class Traced(Examined):
             Spent(None if taped else seconds, load.passing(longest, task.room)),
             measured,
             Spent(rates.call + dense / rates.fill, dense),
+            self._certificates.said(head),
         )
 
     def body(
@@ -314,11 +332,14 @@ class Traced(Examined):
             SlowPathWarning,
         )
 
-    def _sweep(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple:
-        """Run the job, over blocks of rows where they cannot all be compiled into one."""
+    def _sweep(self, task: _Task, batch: Batch, chosen: Seeds, apart: bool = False) -> tuple:
+        """Run the job, over blocks of rows where they cannot all be compiled into one.
+
+        With `apart` it gives the factors, whatever is asked of them.
+        """
         blocks = self._blocks(chosen)
         question = task.question
-        together = self._is_asked_along(task, len(blocks))
+        together = not apart and self._is_asked_along(task, len(blocks))
         asked = task if together else dataclasses.replace(task, question=THEMSELVES)
         answers = []
         for block in blocks:
@@ -335,7 +356,7 @@ class Traced(Examined):
         result, found, fine = answers[0]
         if len(blocks) > 1:
             found = join_rows([factors for _, factors, _ in answers])
-        return result, found if together else query(question)(found), fine
+        return result, found if together or apart else query(question)(found), fine
 
     def _blocks(self, chosen: Seeds) -> list[Seeds]:
         """Return the rows as jobs take them."""

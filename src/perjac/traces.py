@@ -42,6 +42,8 @@ class Traces:
         As `Engine` takes it.
     autotune : bool
         As `Engine` takes it.
+    certify : str
+        As `Engine` takes it.
 
     Attributes
     ----------
@@ -59,9 +61,10 @@ class Traces:
         path: str,
         jit: bool | str,
         autotune: bool = False,
+        certify: str = "schedule",
     ):
         self._model, self._path, self._compiles = model, path, jit is not False
-        self._autotune = autotune
+        self._autotune, self._certify = autotune, certify
         devices = [d.device_type for d in tf.config.list_physical_devices()]
         self._whole = compiles_whole(jit, devices)
         self.weights = binding.weights_of(model, variables)
@@ -107,6 +110,7 @@ class Traces:
                     self._compiles,
                     self._whole,
                     self._autotune,
+                    self._certify,
                 ),
                 Names(program, self.weights, self._model, names),
             )

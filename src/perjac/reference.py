@@ -1,0 +1,147 @@
+"""One backward pass of the live model: Σ over b and k of r · seed · output, by its sources.
+
+Calls the model itself, as the user would; must not know the rules, factors or plans that the
+result is compared with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from perjac import host, seeds
+from perjac.naming import before_link
+from perjac.seeds import Seeds
+from perjac.sources import Source
+from perjac.tape import finder
+from perjac.trace import Callee, Program
+
+# Operations by which a call changes variables: moving averages, states, random numbers.
+_WRITES = re.compile("Assign|ResourceScatter|ResourceApply|^Rng|^Stateful(?!PartitionedCall)")
+
+
+class Unreachable(Exception):
+    """Raised where the live model does not give the output that is asked about."""
+
+
+class Reference:
+    """The live gradients for one output and some sources.
+
+    Parameters
+    ----------
+    callee : Callee
+        The model.
+    structure : nested structure
+        The user's structure of inputs.
+    program : Program
+        The trace, for names alone.
+    head : str
+        The output's tensor.
+    sources : sequence of Source
+        What is differentiated against.
+    kind : str
+        The kind of seeds.
+    """
+
+    def __init__(
+        self,
+        callee: Callee,
+        structure: Any,
+        program: Program,
+        head: str,
+        sources: Sequence[Source],
+        kind: str,
+    ):
+        self._callee, self._structure, self._kind = callee, structure, kind
+        self._find = _found(program, head)
+        self._sources = list(sources)
+        self._taps = {s: finder(program, s.tensor) for s in sources if s.tensor}
+        self._weights = {
+            s: host.tf_variable(program.weights.variables[s.index])
+            for s in sources
+            if s.kind == "weight"
+        }
+        self._state = written(program)
+        self._compiled = host.compiled(self._run, reduce_retracing=True)
+
+    @contextlib.contextmanager
+    def state_kept(self) -> Iterator[Callable[[], None]]:
+        """Give the variables that a call changes their values back at the end.
+
+        Yields what does so before a second call, for all but the states of random numbers: a
+        model whose two calls then differ is a random one.
+        """
+        saved = [(v, tf.convert_to_tensor(v)) for v in self._state]
+
+        def again() -> None:
+            for variable, value in saved:
+                if value.dtype.is_floating:
+                    variable.assign(value)
+
+        try:
+            yield again
+        finally:
+            for variable, value in saved:
+                variable.assign(value)
+
+    def __call__(
+        self, inputs: Sequence[tf.Tensor], chosen: Seeds, r: tf.Tensor, compiled: bool = False
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Return the cotangent Σ_k r · seed, (B, *output), and Σ r · J by each source.
+
+        By a weight of its shape; by an input or activation (B, *shape).
+        """
+        run = self._compiled if compiled else self._run
+        cotangent, found = run(list(inputs), chosen.payload, r)
+        return cotangent, list(found)
+
+    def _run(
+        self, inputs: list[tf.Tensor], payload: tf.Tensor, r: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            tape.watch(list(self._weights.values()))
+            if len(self._weights) < len(self._sources):
+                tape.watch([t for t in inputs if t.dtype.is_floating])
+            heads, taps = self._callee(tf.nest.pack_sequence_as(self._structure, inputs))
+            output = self._find(heads, taps)
+        if output is None:
+            raise Unreachable("the live model does not show this output")
+        cotangent = seeds.weighted(self._kind, payload, r, output)
+        against = [self._tensor(source, inputs, taps) for source in self._sources]
+        gradients = tape.gradient(output, against, output_gradients=cotangent)
+        return cotangent, [
+            tf.zeros(tf.shape(a), a.dtype) if g is None else tf.convert_to_tensor(g)
+            for a, g in zip(against, gradients, strict=True)
+        ]
+
+    def _tensor(self, source: Source, inputs: list[tf.Tensor], taps: Any) -> Any:
+        if source.kind == "weight":
+            return self._weights[source]
+        return inputs[source.index] if source.kind == "input" else self._taps[source]({}, taps)
+
+
+def written(program: Program) -> list[tf.Variable]:
+    """Return the variables that a call of the model may change: none, or all, if it changes any."""
+    traced = program.origin or program
+    nodes = [*traced.graph_def.node, *(n for f in traced.graph_def.library.function
+                                       for n in f.node_def)]  # fmt: skip
+    if not any(_WRITES.search(node.op) for node in nodes):
+        return []
+    known = map(host.tf_variable, traced.weights.variables)
+    found = {id(v): v for v in [*known, *getattr(traced.graph, "variables", ())]}
+    return list(found.values())
+
+
+def _found(program: Program, head: str) -> Callable[..., tf.Tensor | None]:
+    """Return how an output is found among those of a live call; logits as Keras keeps them."""
+    try:
+        return finder(program, head)
+    except KeyError:
+        for name, tensor in program.heads.items():
+            if before_link(program, tensor)[0] == head:
+                return lambda heads, taps: host.logits_of(heads[name])
+        return lambda heads, taps: None
