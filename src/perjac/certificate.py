@@ -193,7 +193,9 @@ class Certificates:
             wrong = self._wrong(due, head, sources, batch, chosen, r, ours)
         except Exception as failure:  # the user's model raises whatever it likes
             text = f"{failure}".strip().partition("\n")[0][:150]
-            named = text if isinstance(failure, Unreachable) else f"{type(failure).__name__}: {text}"
+            named = (
+                text if isinstance(failure, Unreachable) else f"{type(failure).__name__}: {text}"
+            )
             self._undecided[head] = f"the live model cannot be differentiated here ({named})"
             return due.turns.done()
         if not wrong:

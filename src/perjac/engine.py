@@ -19,7 +19,7 @@ from perjac.losses import Objective
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
-from perjac.sources import Source
+from perjac.sources import Source, Weights
 from perjac.traced import Traced
 from perjac.traces import LOSS, Traces
 from perjac.trust import Trust
@@ -117,12 +117,15 @@ class Engine(Trust):
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
         self.traces = Traces(model, variables, training, path, jit, autotune, certify)
-        self._weights = self.traces.weights
         self._objectives = Objectives(model, self.traces)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
         return f"Engine({name!r}, {len(self._weights.keys)} variables)"
+
+    @property
+    def _weights(self) -> Weights:
+        return self.traces.weights
 
     @property
     def input_names(self) -> list[str]:

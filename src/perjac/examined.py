@@ -174,8 +174,17 @@ class Examined:
         about = (*(d.source for d in decisions), *others)
         rows = rows_at_once(self.program, count)
         return self.once(
-            ("load", head, about, count, schedule, kept, self._why_tape(head), self._order,
-             len(self._uncertified)),
+            (
+                "load",
+                head,
+                about,
+                count,
+                schedule,
+                kept,
+                self._why_tape(head),
+                self._order,
+                len(self._uncertified),
+            ),
             lambda: Load.of(
                 decisions,
                 others,

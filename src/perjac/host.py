@@ -341,6 +341,48 @@ def is_layer(thing: Any) -> bool:
     return isinstance(thing, keras.layers.Layer)
 
 
+def is_part(thing: Any) -> bool:
+    """Tell whether `thing` is a layer, operation or module: what models are made of."""
+    return isinstance(thing, (keras.Operation, tf.Module))
+
+
+def is_variable(thing: Any) -> bool:
+    """Tell whether `thing` is a TensorFlow or Keras variable."""
+    return isinstance(thing, (keras.Variable, tf.Variable))
+
+
+def is_value(thing: Any) -> bool:
+    """Tell whether `thing` is a tensor with a value, in no graph."""
+    return isinstance(thing, framework.EagerTensor)
+
+
+# Attributes in which Keras 3 keeps account of calls, of where a layer is used, and of saving.
+_ACCOUNTS = frozenset(
+    "_tracker _tracked _lock _path _parent_path _called _losses _loss_ids _losses_override _metrics "
+    "_inbound_nodes _outbound_nodes _build_shapes_dict _auto_config _saved_model_inputs_spec "
+    "_saved_model_arg_spec _call_has_context_arg call_signature_parameters _call_context_args "
+    "_call_signature _seed_generators _nodes _nodes_by_depth _operations_by_depth is_gptq_calibrated is_awq_calibrated name _name".split()
+)
+# And those in which a model keeps its training.
+_TRAINING = frozenset(
+    "_run_eagerly _jit_compile compiled loss optimizer steps_per_execution _initial_epoch history "
+    "_compute_loss_has_training_arg _compile_loss _compile_metrics _loss_tracker _compile_config "
+    "_compiled_trainable_state _distribute_strategy _distribute_reduction_method train_function "
+    "test_function predict_function unrolled_steps_per_execution _eval_epoch_iterator stop_training "
+    "stop_evaluating stop_predicting train_tf_function test_tf_function predict_tf_function".split()
+)
+
+
+def is_bookkeeping(thing: Any, attribute: str) -> bool:
+    """Tell whether an attribute of a layer or module says nothing about what it computes.
+
+    Of TensorFlow's own (`_self_...`) that holds for all but the parts of older Keras models.
+    """
+    if attribute.startswith("_self_"):
+        return attribute != "_self_tracked_trackables"
+    return attribute in _ACCOUNTS or (attribute in _TRAINING and hasattr(thing, "compile"))
+
+
 def compiled_loss(model: Any) -> tuple[Any, Any] | None:
     """Return the (loss, loss_weights) of `model.compile`, or None where there is none.
 

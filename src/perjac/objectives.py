@@ -28,12 +28,17 @@ class Objectives:
     def __init__(self, model: Any, traces: Traces):
         self._model, self._traces = model, traces
         self._known: dict[tuple, Objective] = {}
+        self._generation = 0  # of the model that these are of
         self._doubted: set[tuple] = set()  # those whose outputs were looked at
 
     def of(
         self, loss: Any, loss_weights: Any, class_weight: Mapping[int, float] | None
     ) -> Objective:
         """Return the objective of a loss, the compiled one for None; the same for equal ones."""
+        if self._generation != self._traces.refresh():  # the model has changed, so has its output
+            self._generation = self._traces.refresh()
+            self._known.clear()
+            self._doubted.clear()
         if loss is None:
             loss, weights = compiled(self._model)
             loss_weights = weights if loss_weights is None else loss_weights

@@ -84,8 +84,6 @@ def _gradients(
             for s in sources
         ]
         gradients = tf.gradients(found[head], against, grad_ys=widen(cotangent))
-        return [
-            tf.zeros([]) if g is None else tf.convert_to_tensor(g) for g in gradients
-        ]
+        return [tf.zeros([]) if g is None else tf.convert_to_tensor(g) for g in gradients]
 
     return run

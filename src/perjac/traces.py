@@ -6,6 +6,7 @@ Turns what users hand over into batches and traces; must not know what will be a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from perjac import binding, host, inputs, progress
 from perjac import trace as tracing
 from perjac.compiling import compiles_whole
 from perjac.errors import InputError, SlowPathWarning, warn
+from perjac.fingerprint import Fingerprint
 from perjac.losses import Objective
 from perjac.naming import Names
 from perjac.normalise import normalise
@@ -64,16 +66,34 @@ class Traces:
         certify: str = "schedule",
     ):
         self._model, self._path, self._compiles = model, path, jit is not False
+        self._given, self._training = variables, training
         self._autotune, self._certify = autotune, certify
         devices = [d.device_type for d in tf.config.list_physical_devices()]
         self._whole = compiles_whole(jit, devices)
-        self.weights = binding.weights_of(model, variables)
-        self.expected = inputs.declared(model)
-        self._callee = tracing.Callee(
-            binding.function_of(model, training), model if host.is_layer(model) else None
-        )
         self._made: dict[tuple, tuple[Traced, Names]] = {}
         self._compact = True
+        self._fingerprint = Fingerprint(model)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Read the model as it is now."""
+        model, self._generation = self._model, self._fingerprint.generation
+        self.weights = binding.weights_of(model, self._given)
+        self.expected = inputs.declared(model)
+        self._callee = tracing.Callee(
+            binding.function_of(model, self._training),
+            model if host.is_layer(model) else None,
+            self._fingerprint.called,
+        )
+        self._made.clear()
+        self.__dict__.pop("floating", None)
+
+    def refresh(self) -> int:
+        """Forget every trace if the model has changed; return how often it has."""
+        if self._fingerprint.renew() != self._generation:
+            binding.loaded(self._model, None)  # refuses a model that has lost its weights
+            self._bind()
+        return self._generation
 
     @functools.cached_property
     def uncompacted(self) -> Traces:
@@ -90,6 +110,7 @@ class Traces:
 
     def prepare(self, x: Any) -> inputs.Batch:
         """Return the user's examples as a batch that fits the model."""
+        self.refresh()
         return inputs.prepare(x, self.expected, self.floating)
 
     def of(self, batch: inputs.Batch, objective: Objective | None = None) -> tuple[Traced, Names]:
@@ -162,4 +183,4 @@ class Traces:
             loss = objective(outputs, heads, y, sample_weight)
             return {LOSS: loss} | {BEHIND.format(name): head for name, head in heads.items()}
 
-        return tracing.Callee(losses, callee.model)
+        return dataclasses.replace(callee, function=losses)
