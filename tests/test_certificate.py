@@ -13,8 +13,11 @@ import tensorflow as tf
 
 import perjac as pj
 from perjac import plan, pullback, reference, rules, seeds, trace
-from perjac.errors import CertificateError, CertificateWarning, SlowPathWarning
+from perjac.errors import CertificateError, CertificateWarning, PathError, SlowPathWarning
+from perjac.fingerprint import Fingerprint
 from perjac.independence import Order
+from perjac.questions import Squares
+from perjac.tape import Tape
 
 L = keras.layers
 RNG = np.random.default_rng(0)
@@ -109,9 +112,10 @@ def test_every_sabotage_is_found_on_the_first_call(sabotage, monkeypatch):
     with monkeypatch.context() as patched:
         model, x = sabotage(patched)
         engine = pj.Engine(model, independence="trust")
-        with pytest.warns(CertificateWarning) as told, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowPathWarning)
-            jac = engine.jacobian(x)
+            with pytest.warns(CertificateWarning) as told:
+                jac = engine.jacobian(x)
         rows = [jac[v] for v in model.trainable_variables]
     right = oracle.weight_rows(model, x, model.trainable_variables)
     oracle.assert_agree(rows, right, "float32")
@@ -130,3 +134,333 @@ def test_never_lets_the_fault_through(sabotage, monkeypatch):
     right = oracle.weight_rows(model, x, model.trainable_variables)
     with pytest.raises(AssertionError):
         oracle.assert_agree([jac[v] for v in model.trainable_variables], right, "float32")
+
+
+def test_a_model_changed_behind_our_back_is_found(monkeypatch):
+    monkeypatch.setattr(Fingerprint, "changed", lambda self: "")
+    model, x = mlp(), data(4, 5)
+    engine = pj.Engine(model)
+    engine.jacobian(x)
+    model.layers[0].activation = keras.activations.softplus
+    with pytest.warns(CertificateWarning, match="tf.GradientTape"):
+        jac = engine.jacobian(x)  # the second call
+    right = oracle.weight_rows(model, x, model.trainable_variables)
+    oracle.assert_agree([jac[v] for v in model.trainable_variables], right, "float32")
+
+
+ASKED = {
+    "rows": lambda e, x: e.jacobian(x),
+    "chosen": lambda e, x: e.jacobian(x, outputs=[2, 0, 2]),
+    "each": lambda e, x: e.jacobian(x, outputs=np.array([2, 0, 1, 1])),
+    "cotangents": lambda e, x: e.jacobian(x, cotangents=data(4, 2, 3)),
+    "losses": lambda e, x: e.gradients(x, data(4, 3), loss="mse", sample_weight=[1, 2, 3, 0.5]),
+    "squares": lambda e, x: e.summed(Squares(), x),
+    "fisher": lambda e, x: e.fisher(x, likelihood="categorical").kronecker(),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_wrong_rule_is_found_whatever_is_asked(asked, monkeypatch):
+    model, x = wrong_rule(monkeypatch)
+    with pytest.warns(CertificateWarning, match="kernel"):
+        ASKED[asked](pj.Engine(model), x)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_right_answer_is_certified_whatever_is_asked(asked):
+    engine = pj.Engine(mlp())
+    for _ in range(5):
+        ASKED[asked](engine, data(4, 5))
+    assert list(certificates(engine)._certified.values()) == [3]
+
+
+@pytest.mark.parametrize("wrt", ["inputs", pj.activation("hidden")])
+def test_a_wrong_row_of_an_input_or_activation_goes_to_the_tape(wrt, monkeypatch):
+    i = keras.Input((5,))
+    model = keras.Model(i, L.Dense(3)(L.Dense(4, "tanh", name="hidden")(i)))
+    x, right = data(4, 5), pj.Engine(model, path="tape")
+    row, rows = seeds.row, seeds.rows
+    with monkeypatch.context() as patched:
+        patched.setattr(seeds, "row", lambda *given: 2 * row(*given))
+        patched.setattr(seeds, "rows", lambda *given: 2 * rows(*given))
+        engine = pj.Engine(model)
+        with pytest.warns(CertificateWarning):
+            jac = engine.jacobian(x, wrt=wrt)
+    expected = right.jacobian(x, wrt=wrt)
+    for key in expected:
+        np.testing.assert_allclose(jac[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_is_wrong_goes_to_the_tape(monkeypatch):
+    right = rules.RULES["BiasAdd"]
+    monkeypatch.setitem(rules.RULES, "BiasAdd", lambda site, delta: right(site, 2 * delta))
+    engine = pj.Engine(mlp())
+    with pytest.warns(CertificateWarning):
+        engine.jacobian(data(4, 5))
+    paths = {row.weight.rpartition("/")[2]: row.path for row in engine.inspect().rows}
+    assert paths == {"kernel": "factored", "bias": "tape"}
+
+
+def test_a_fault_that_shows_later_is_found_later(monkeypatch):
+    """Of the same plan, on its second call; and the calls after it are right."""
+    model = mlp()
+    engine = pj.Engine(model)
+    engine.jacobian(data(4, 5))
+    ((traced, _),) = engine.traces._made.values()
+    traced._jobs = type(traced._jobs)(traced.program)
+    traced._alone.clear()
+    right = rules.RULES["MatMul"]
+    monkeypatch.setitem(rules.RULES, "MatMul", lambda site, delta: right(site, 2 * delta))
+    x = data(4, 5)
+    with pytest.warns(CertificateWarning):
+        jac = engine.jacobian(x)
+    expected = oracle.weight_rows(model, x, model.trainable_variables)
+    oracle.assert_agree([jac[v] for v in model.trainable_variables], expected, "float32")
+
+
+def test_factored_alone_refuses_what_is_wrong(monkeypatch):
+    model, x = wrong_rule(monkeypatch)
+    engine = pj.Engine(model, path="factored")
+    with pytest.warns(CertificateWarning), pytest.raises(PathError, match="certificate failed"):
+        engine.jacobian(x)
+
+
+def test_where_the_tape_fails_too_the_call_raises():
+    """With examples that meet, rows have no meaning, and `independence` is not to see it."""
+    model = normalised()
+    engine = pj.Engine(model, training=True, independence="trust")
+    with (
+        pytest.warns(CertificateWarning),
+        pytest.raises(CertificateError, match="rest of its batch"),
+    ):
+        engine.jacobian(data(6, 5))
+    assert issubclass(CertificateError, pj.PerjacError)
+    assert issubclass(CertificateError, ArithmeticError)
+
+
+def test_always_certifies_the_tape_as_well(monkeypatch):
+    right = Tape.__call__
+    monkeypatch.setattr(Tape, "__call__", lambda *given: [2 * rows for rows in right(*given)])
+    pj.Engine(mlp(), path="tape").jacobian(data(4, 5))
+    with pytest.raises(CertificateError):
+        pj.Engine(mlp(), path="tape", certify="always").jacobian(data(4, 5))
+
+
+# No false alarm.
+
+
+def saturated(dtype):
+    model = keras.Sequential([keras.Input((5,)), L.Dense(7, "tanh"), L.Dense(3, "softmax")])
+    for weight in model.trainable_variables:
+        weight.assign(40 * data(*weight.shape))
+    return model, data(6, 5, dtype=dtype)
+
+
+def dead(dtype):
+    model = keras.Sequential(
+        [keras.Input((5,)), L.Dense(7, "relu"), L.Dense(3, "relu"), L.Dense(2)]
+    )
+    model.layers[0].bias.assign(np.full(7, -100.0))
+    return model, data(6, 5, dtype=dtype)
+
+
+def zeros(dtype):
+    model = keras.Sequential([keras.Input((5,)), L.Dense(7, "relu"), L.Dense(2)])
+    return model, np.zeros((6, 5), dtype)
+
+
+def attention(dtype):
+    i = keras.Input((6, 8))
+    h = L.MultiHeadAttention(2, 4)(i, i)
+    return keras.Model(i, L.Dense(2)(L.GlobalAveragePooling1D()(L.LayerNormalization()(h)))), data(
+        4, 6, 8, dtype=dtype
+    )
+
+
+def pictures(dtype):
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 2)), L.Conv2D(4, 3), L.BatchNormalization(), L.Activation("relu"),
+            L.MaxPooling2D(), L.SeparableConv2D(4, 3), L.Flatten(), L.Dense(3, "softmax"),
+        ]
+    )  # fmt: skip
+    return model, data(5, 12, 12, 2, dtype=dtype)
+
+
+def alike(dtype):
+    model = recurrent()
+    return model, np.repeat(data(1, 6, 3, dtype=dtype), 4, 0)
+
+
+def embedded(dtype):
+    model = keras.Sequential([keras.Input((6,)), L.Embedding(9, 4), L.GRU(3), L.Dense(2)])
+    return model, RNG.integers(0, 9, (4, 6))
+
+
+def tiny(dtype):
+    model = keras.Sequential([keras.Input((5,)), L.Dense(7, "tanh"), L.Dense(3)])
+    for weight in model.trainable_variables:
+        weight.assign(weight * 1e-6)
+    return model, data(6, 5, dtype=dtype)
+
+
+FINE = [saturated, dead, zeros, attention, pictures, alike, embedded, tiny]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("make", FINE, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")
+def test_there_is_no_false_alarm(make, dtype):
+    with policy(dtype):
+        model, x = make("float64" if dtype == "float64" else "float32")
+    engine = pj.Engine(model, certify="always")
+    for _ in range(2):
+        engine.jacobian(x)
+        if np.asarray(x).dtype.kind == "f":
+            engine.jacobian(x, wrt="inputs")
+    assert not certificates(engine).refused
+
+
+def test_numbers_that_are_rounding_are_not_decided(monkeypatch):
+    """1 - p of a saturated sigmoid: another order of additions changes all of it."""
+    model, x = saturated("float32")
+    noisy = lambda *given: [1e9] * 4  # noqa: E731
+    monkeypatch.setattr("perjac.certificate.rounding", noisy)
+    right = rules.RULES["MatMul"]
+    monkeypatch.setitem(rules.RULES, "MatMul", lambda site, delta: right(site, 2 * delta))
+    engine = pj.Engine(model)
+    engine.jacobian(x)
+    assert "mostly rounding" in str(engine.inspect())
+
+
+def test_a_random_model_is_not_decided():
+    model = keras.Sequential([keras.Input((5,)), L.Dropout(0.5), L.Dense(3)])
+    engine = pj.Engine(model, training=True)
+    engine.jacobian(data(4, 5))
+    assert "Not certified: the model is random." in str(engine.inspect())
+
+
+def test_a_model_that_does_not_run_eagerly_is_not_decided():
+    def function(x):
+        if tf.executing_eagerly():
+            raise RuntimeError("in graphs alone")
+        return tf.tanh(x @ weight)
+
+    weight = tf.Variable(data(5, 3))
+    engine = pj.Engine(function, variables=[weight])
+    engine.jacobian(data(4, 5))
+    assert "cannot be differentiated here (RuntimeError: in graphs alone)" in str(
+        engine.inspect(x=data(4, 5))
+    )
+
+
+# When.
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """Count calls of the live model: (number, compiled)."""
+    calls, right = [], reference.Reference.__call__
+
+    def counted(self, inputs, chosen, r, compiled=False):
+        calls.append((len(inputs[0]), compiled))
+        return right(self, inputs, chosen, r, compiled)
+
+    monkeypatch.setattr(reference.Reference, "__call__", counted)
+    return calls
+
+
+def test_the_schedule_is_the_first_call_then_the_second_fourth_and_eighth(live):
+    engine, certified = pj.Engine(mlp()), []
+    for n in range(1, 18):
+        before = len(live)
+        engine.jacobian(data(4 + n % 3, 5))  # whatever the batch size
+        certified += [n] * (len(live) - before)
+    assert certified == [1, 2, 4, 8, 16]
+    engine.jacobian(data(4, 5), outputs=1)  # another plan
+    assert len(live) == 6
+    assert "Certified on 6 calls." in str(engine.inspect())
+
+
+def test_always_and_never(live):
+    pj.Engine(mlp(), certify="never").jacobian(data(4, 5))
+    assert not live
+    engine = pj.Engine(mlp(), certify="always")
+    for _ in range(3):
+        engine.jacobian(data(4, 5)).norms()
+    assert live == [(4, False), (4, True), (4, True)]
+    assert "certify='never'" in str(pj.Engine(mlp(), certify="never").inspect())
+    with pytest.raises(pj.PerjacError, match="certify="):
+        pj.Engine(mlp(), certify="sometimes")  # type: ignore[arg-type]
+
+
+def test_a_large_batch_is_certified_on_all_its_examples_once_then_on_a_few(live):
+    engine = pj.Engine(mlp())
+    for _ in range(4):
+        engine.jacobian(data(300, 5))
+    assert [size for size, _ in live] == [300, 32, 32]
+
+
+def test_a_batch_in_runs_is_certified_on_the_first(live):
+    x = data(400, 5)
+    engine = pj.Engine(mlp(), memory_limit=600_000)
+    engine.jacobian(x)
+    assert len(live) == 1
+    assert live[0][0] < 400
+
+
+def test_nothing_is_certified_inside_a_function(live):
+    engine = pj.Engine(mlp())
+
+    @tf.function
+    def inside(x):
+        return engine.jacobian(x).norms()
+
+    with contextlib.suppress(Exception):  # whether it works there is tested elsewhere
+        inside(tf.constant(data(4, 5)))
+    assert not live
+
+
+def test_an_empty_batch_does_not_count(live):
+    engine = pj.Engine(mlp())
+    engine.jacobian(data(0, 5))
+    engine.jacobian(data(4, 5))
+    assert len(live) == 1
+
+
+# State.
+
+
+def test_a_certificate_leaves_no_trace_in_the_model():
+    model = keras.Sequential(
+        [keras.Input((6, 3), batch_size=4), L.LSTM(4, stateful=True), L.Dense(2)]
+    )
+    counter = normalised()
+    counter.add(L.Dropout(0.5))
+    for subject, x, options in ((counter, data(4, 5), {"training": True, "independence": "trust"}),
+                                (model, data(4, 6, 3), {})):  # fmt: skip
+        before = [np.array(v) for v in subject.variables]
+        engine = pj.Engine(subject, certify="always", **options)
+        with contextlib.suppress(pj.PerjacError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine.jacobian(x)
+        for variable, value in zip(subject.variables, before, strict=True):
+            np.testing.assert_array_equal(variable, value, variable.path)
+
+
+def test_a_stateful_model_is_decided(monkeypatch):
+    """Its state moves from call to call, which is not what makes two calls differ."""
+    state = tf.Variable(data(5))
+    weight = tf.Variable(data(5, 3))
+
+    def function(x):
+        y = tf.tanh((x + state) @ weight)
+        state.assign_add(tf.ones(5))
+        return y
+
+    right = rules.RULES["MatMul"]
+    monkeypatch.setitem(rules.RULES, "MatMul", lambda site, delta: right(site, 2 * delta))
+    before = state.numpy()
+    with pytest.warns(CertificateWarning):
+        pj.Engine(function, variables=[weight]).jacobian(data(4, 5))
+    np.testing.assert_array_equal(state, before)

@@ -182,9 +182,9 @@ class Certificates:
         """
         sources = [s for s in sources if s.dtype.is_floating]
         always = self._when == "always"
-        if not always and not any(s in self.refused for s in sources):
-            if set(sources) <= set(due.taped):  # the tape is the live model
-                return due.turns.done()
+        doubted = always or any(s in self.refused for s in sources)
+        if not doubted and set(sources) <= set(due.taped):  # the tape is the live model
+            return due.turns.done()
         if not due.turns.is_first and not always:
             batch, chosen, answers = self._few(batch, chosen, answers)
         r = self._drawn(batch.size, chosen.count)
@@ -200,7 +200,7 @@ class Certificates:
             return due.turns.done()
         if not wrong:
             return due.turns.done()
-        self._refuse(head, wrong, due)
+        return self._refuse(head, wrong, due)
 
     def _refuse(self, head: str, wrong: Mapping[Source, str], due: Due) -> None:
         named = ", ".join(f"{s.key!r} ({why})" for s, why in [*wrong.items()][:5])
@@ -293,10 +293,10 @@ class Certificates:
         """Return for each source the norm of the difference, and the most that it may be."""
         wide = held_in([t.dtype for t in found])
         squares = []
-        for a, b in zip(found, right, strict=True):
-            a, b = tf.cast(a, wide), tf.cast(b, wide)
-            squares += [tf.nn.l2_loss(a - b), tf.nn.l2_loss(b)]
-        off, norms = np.sqrt(2 * tf.stack(squares).numpy().reshape(-1, 2)).T
+        for pair in zip(found, right, strict=True):
+            a, b = (t if t.dtype == wide else tf.cast(t, wide) for t in pair)
+            squares += [tf.raw_ops.L2Loss(t=a - b), tf.raw_ops.L2Loss(t=b)]
+        off, norms = np.sqrt(2 * tf.raw_ops.Pack(values=squares).numpy().reshape(-1, 2)).T
         weights = np.array([s.kind == "weight" for s in sources])
         largest = norms[weights & np.isfinite(norms)].max(initial=0)
         slack = _SLACK * max(map(_EPSILON.__getitem__, self._computed_in(head))) * largest

@@ -357,20 +357,22 @@ def is_value(thing: Any) -> bool:
 
 
 # Attributes in which Keras 3 keeps account of calls, of where a layer is used, and of saving.
-_ACCOUNTS = frozenset(
-    "_tracker _tracked _lock _path _parent_path _called _losses _loss_ids _losses_override _metrics "
-    "_inbound_nodes _outbound_nodes _build_shapes_dict _auto_config _saved_model_inputs_spec "
-    "_saved_model_arg_spec _call_has_context_arg call_signature_parameters _call_context_args "
-    "_call_signature _seed_generators _nodes _nodes_by_depth _operations_by_depth is_gptq_calibrated is_awq_calibrated name _name".split()
-)
+_ACCOUNTS = """
+    _tracker _tracked _lock _path _parent_path _called _losses _loss_ids _losses_override _metrics
+    _inbound_nodes _outbound_nodes _build_shapes_dict _auto_config _saved_model_inputs_spec
+    _saved_model_arg_spec _call_has_context_arg call_signature_parameters _call_context_args
+    _call_signature _seed_generators _nodes _nodes_by_depth _operations_by_depth name _name
+    is_gptq_calibrated is_awq_calibrated
+"""
 # And those in which a model keeps its training.
-_TRAINING = frozenset(
-    "_run_eagerly _jit_compile compiled loss optimizer steps_per_execution _initial_epoch history "
-    "_compute_loss_has_training_arg _compile_loss _compile_metrics _loss_tracker _compile_config "
-    "_compiled_trainable_state _distribute_strategy _distribute_reduction_method train_function "
-    "test_function predict_function unrolled_steps_per_execution _eval_epoch_iterator stop_training "
-    "stop_evaluating stop_predicting train_tf_function test_tf_function predict_tf_function".split()
-)
+_TRAINING = """
+    _run_eagerly _jit_compile compiled loss optimizer steps_per_execution _initial_epoch history
+    _compute_loss_has_training_arg _compile_loss _compile_metrics _loss_tracker _compile_config
+    _compiled_trainable_state _distribute_strategy _distribute_reduction_method train_function
+    test_function predict_function unrolled_steps_per_execution _eval_epoch_iterator stop_training
+    stop_evaluating stop_predicting train_tf_function test_tf_function predict_tf_function
+"""
+_BOOKKEEPING = frozenset(_ACCOUNTS.split()), frozenset(_TRAINING.split())
 
 
 def is_bookkeeping(thing: Any, attribute: str) -> bool:
@@ -380,7 +382,8 @@ def is_bookkeeping(thing: Any, attribute: str) -> bool:
     """
     if attribute.startswith("_self_"):
         return attribute != "_self_tracked_trackables"
-    return attribute in _ACCOUNTS or (attribute in _TRAINING and hasattr(thing, "compile"))
+    always, training = _BOOKKEEPING
+    return attribute in always or (attribute in training and hasattr(thing, "compile"))
 
 
 def compiled_loss(model: Any) -> tuple[Any, Any] | None:
