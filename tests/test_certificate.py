@@ -246,6 +246,15 @@ def test_always_certifies_the_tape_as_well(monkeypatch):
         pj.Engine(mlp(), path="tape", certify="always").jacobian(data(4, 5))
 
 
+def test_an_output_of_another_shape_is_an_error():
+    weight, width = tf.Variable(data(5, 3)), [3]
+    engine = pj.Engine(lambda x: tf.tanh(x @ weight)[:, : width[0]], variables=[weight])
+    engine.jacobian(data(4, 5))
+    width[0] = 2
+    with pytest.raises(CertificateError, match="Make a new Engine"):
+        engine.jacobian(data(4, 5))
+
+
 # No false alarm.
 
 
@@ -362,9 +371,9 @@ def live(monkeypatch):
     """Count calls of the live model: (number, compiled)."""
     calls, right = [], reference.Reference.__call__
 
-    def counted(self, inputs, chosen, r, compiled=False):
+    def counted(self, inputs, cotangent, compiled=False):
         calls.append((len(inputs[0]), compiled))
-        return right(self, inputs, chosen, r, compiled)
+        return right(self, inputs, cotangent, compiled)
 
     monkeypatch.setattr(reference.Reference, "__call__", counted)
     return calls

@@ -1,4 +1,4 @@
-"""Certificates: a plan's rows, summed up with random numbers, beside one gradient of the live model.
+"""Certificates: a plan's rows, summed with random numbers, beside a gradient of the live model.
 
 For any r (B, K), Σ r[b,k] J[b,k] is the gradient of Σ r[b,k] ⟨seed[b,k], y[b]⟩, one backward pass.
 With r random, rows that are wrong give another sum, whatever made them wrong: a rule, the order of
@@ -20,9 +20,9 @@ from perjac.errors import CertificateError, CertificateWarning, warn
 from perjac.factors import Factor
 from perjac.inputs import Batch
 from perjac.padding import within
-from perjac.reference import Reference, Unreachable
+from perjac.reference import OtherShape, Reference, Unreachable
 from perjac.rounding import rounding
-from perjac.seeds import Seeds
+from perjac.seeds import Seeds, weighted
 from perjac.sites import upstream
 from perjac.sources import Source
 from perjac.trace import Callee, Program
@@ -156,6 +156,7 @@ class Certificates:
         sources: Sequence[Source],
         batch: Batch,
         chosen: Seeds,
+        output: tf.Tensor,
         answers: Mapping[str, Factor],
     ) -> None:
         """Compare the rows of a call with the live model's gradient.
@@ -170,6 +171,8 @@ class Certificates:
             What was differentiated against.
         batch, chosen : Batch, Seeds
             The examples and seeds that the rows are of.
+        output : tf.Tensor
+            The output for these examples, as the trace has it.
         answers : mapping of str to Factor
             The rows by key; those of a source that is left out are zero.
 
@@ -186,11 +189,17 @@ class Certificates:
         if not doubted and set(sources) <= set(due.taped):  # the tape is the live model
             return due.turns.done()
         if not due.turns.is_first and not always:
-            batch, chosen, answers = self._few(batch, chosen, answers)
+            batch, chosen, output, answers = self._few(batch, chosen, output, answers)
         r = self._drawn(batch.size, chosen.count)
         ours = [_summed(answers.get(s.key), s, r) for s in sources]
         try:
-            wrong = self._wrong(due, head, sources, batch, chosen, r, ours)
+            wrong = self._wrong(due, head, sources, batch, chosen, r, output, ours)
+        except OtherShape as failure:
+            raise CertificateError(
+                f"The output {self._program.called(head)!r} has shape {failure}. When the model "
+                f"was traced, its shape was {tuple(output.shape)}: the model has changed. Make a "
+                "new Engine."
+            ) from None
         except Exception as failure:  # the user's model raises whatever it likes
             text = f"{failure}".strip().partition("\n")[0][:150]
             named = (
@@ -222,13 +231,16 @@ class Certificates:
         )
         raise Failed
 
-    def _few(self, batch: Batch, chosen: Seeds, answers: Mapping[str, Factor]) -> tuple:
+    def _few(
+        self, batch: Batch, chosen: Seeds, output: tf.Tensor, answers: Mapping[str, Factor]
+    ) -> tuple:
         """Return a random run of a few of the examples."""
         if batch.size <= _FEW or self._program.specs[0].shape[0] is not None:
-            return batch, chosen, answers
+            return batch, chosen, output, answers
         start = int(self._rng.integers(0, batch.size - _FEW + 1))
         where = slice(start, start + _FEW)
-        return batch.part(where), chosen.part(where), within(dict(answers), where, batch.size)
+        cut = within((output, dict(answers)), where, batch.size)
+        return batch.part(where), chosen.part(where), *cut
 
     def _wrong(
         self,
@@ -238,18 +250,20 @@ class Certificates:
         batch: Batch,
         chosen: Seeds,
         r: tf.Tensor,
+        output: tf.Tensor,
         ours: Sequence[tf.Tensor],
     ) -> dict[Source, str]:
         """Return the sources whose rows are wrong, and by how much."""
-        live = self._reference(head, sources, chosen.kind)
+        live = self._reference(head, sources)
         compiled = self._when == "always" and not due.turns.is_first
         with live.state_kept() as once_more:
-            cotangent, right = live(batch.tensors, chosen, r, compiled)
+            cotangent = weighted(chosen.kind, chosen.payload, r, output)
+            right = live(batch.tensors, cotangent, compiled)
             off, scale = self._compared(head, sources, ours, right)
             suspect = [n for n in range(len(sources)) if not off[n] <= scale[n]]
             if suspect:
                 once_more()
-                again = live(batch.tensors, chosen, r, compiled)[1]
+                again = live(batch.tensors, cotangent, compiled)
         self._undecided.pop(head, None)
         if suspect and np.any(np.greater(*self._compared(head, sources, again, right))):
             self._undecided[head] = "the model is random"
@@ -275,11 +289,11 @@ class Certificates:
         sign = self._rng.choice([-1, 1], size)
         return tf.constant(sign * self._rng.integers(4, 13, size) / 8, tf.float32)
 
-    def _reference(self, head: str, sources: Sequence[Source], kind: str) -> Reference:
-        key = head, tuple(sources), kind
+    def _reference(self, head: str, sources: Sequence[Source]) -> Reference:
+        key = head, tuple(sources)
         if key not in self._references:
             self._references[key] = Reference(
-                self._callee, self._structure, self._program, head, sources, kind
+                self._callee, self._structure, self._program, head, sources
             )
         return self._references[key]
 

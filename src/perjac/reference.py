@@ -1,4 +1,4 @@
-"""One backward pass of the live model: Σ over b and k of r · seed · output, by its sources.
+"""One backward pass of the live model: the gradient of ⟨cotangent, output⟩ by its sources.
 
 Calls the model itself, as the user would; must not know the rules, factors or plans that the
 result is compared with.
@@ -13,9 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import host, seeds
+from perjac import host
 from perjac.naming import before_link
-from perjac.seeds import Seeds
 from perjac.sources import Source
 from perjac.tape import finder
 from perjac.trace import Callee, Program
@@ -26,6 +25,10 @@ _WRITES = re.compile("Assign|ResourceScatter|ResourceApply|^Rng|^Stateful(?!Part
 
 class Unreachable(Exception):
     """Raised where the live model does not give the output that is asked about."""
+
+
+class OtherShape(Exception):
+    """Raised where the live model's output has another shape than the traced one."""
 
 
 class Reference:
@@ -43,8 +46,6 @@ class Reference:
         The output's tensor.
     sources : sequence of Source
         What is differentiated against.
-    kind : str
-        The kind of seeds.
     """
 
     def __init__(
@@ -54,9 +55,8 @@ class Reference:
         program: Program,
         head: str,
         sources: Sequence[Source],
-        kind: str,
     ):
-        self._callee, self._structure, self._kind = callee, structure, kind
+        self._callee, self._structure = callee, structure
         self._find = _found(program, head)
         self._sources = list(sources)
         self._taps = {s: finder(program, s.tensor) for s in sources if s.tensor}
@@ -89,19 +89,15 @@ class Reference:
                 variable.assign(value)
 
     def __call__(
-        self, inputs: Sequence[tf.Tensor], chosen: Seeds, r: tf.Tensor, compiled: bool = False
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Return the cotangent Σ_k r · seed, (B, *output), and Σ r · J by each source.
+        self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor, compiled: bool = False
+    ) -> list[tf.Tensor]:
+        """Return the gradient of ⟨cotangent, output⟩ by each source.
 
         By a weight of its shape; by an input or activation (B, *shape).
         """
-        run = self._compiled if compiled else self._run
-        cotangent, found = run(list(inputs), chosen.payload, r)
-        return cotangent, list(found)
+        return list((self._compiled if compiled else self._run)(list(inputs), cotangent))
 
-    def _run(
-        self, inputs: list[tf.Tensor], payload: tf.Tensor, r: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def _run(self, inputs: list[tf.Tensor], cotangent: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(list(self._weights.values()))
             if len(self._weights) < len(self._sources):
@@ -110,10 +106,11 @@ class Reference:
             output = self._find(heads, taps)
         if output is None:
             raise Unreachable("the live model does not show this output")
-        cotangent = seeds.weighted(self._kind, payload, r, output)
+        if not output.shape.is_compatible_with(cotangent.shape):
+            raise OtherShape(tuple(output.shape))
         against = [self._tensor(source, inputs, taps) for source in self._sources]
         gradients = tape.gradient(output, against, output_gradients=cotangent)
-        return cotangent, [
+        return [
             tf.zeros(tf.shape(a), a.dtype) if g is None else tf.convert_to_tensor(g)
             for a, g in zip(against, gradients, strict=True)
         ]

@@ -168,7 +168,7 @@ class Traced(Examined):
             head, tuple(sources), batch.size, chosen.signature, memory_limit, question, self._order,
             len(self._uncertified),
         )  # fmt: skip
-        turns = self._certificates.turns(head, key[1], chosen.signature, question)
+        turns = self._certificates.turns(head, key[1], chosen.signature, question, self._compact)
         due = batch.size > 0 and host.is_eager() and turns.due()
         if not due and (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
@@ -209,7 +209,7 @@ class Traced(Examined):
                 lost.update(tape.disconnected)
             if due and where.start == 0:
                 asked = Due(turns, tuple(taped))
-                self._certificates.check(asked, head, sources, part, seeds, factors)
+                self._certificates.check(asked, head, sources, part, seeds, output, factors)
             return answers
 
         try:
