@@ -20,7 +20,7 @@ from perjac.errors import CertificateError, CertificateWarning, warn
 from perjac.factors import Factor
 from perjac.inputs import Batch
 from perjac.padding import within
-from perjac.reference import OtherShape, Reference, Unreachable
+from perjac.reference import OtherShape, Reference, Unreachable, put_back, written
 from perjac.rounding import rounding
 from perjac.seeds import Seeds, weighted
 from perjac.sites import upstream
@@ -73,18 +73,21 @@ class Turns:
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """A call that is to be certified: how often its plan was asked, and which sources the tape has.
+    """A call that is to be certified.
 
     Attributes
     ----------
     turns : Turns
-        Of the plan.
+        How often its plan was asked.
     taped : tuple of Source
         The sources that the tape path answers.
+    state : sequence of tf.Tensor
+        What `Certificates.state` was before the call.
     """
 
     turns: Turns
     taped: tuple[Source, ...]
+    state: Sequence[tf.Tensor]
 
 
 class Failed(Exception):
@@ -128,6 +131,7 @@ class Certificates:
         self._types: dict[str, set[tf.DType]] = {}
         self._certified: dict[str, int] = {}  # by output: how many calls
         self._undecided: dict[str, str] = {}  # by output: why the last call could not be
+        self._written: list[tf.Variable] | None = None  # what a call changes
         self._rng = np.random.default_rng(0)
         self.refused: dict[Source, str] = {}
 
@@ -137,6 +141,12 @@ class Certificates:
         if found is None:
             found = self._turns[plan] = Turns(self._when)
         return found
+
+    def state(self) -> list[tf.Tensor]:
+        """Return what the variables hold that a call of the model changes."""
+        if self._written is None:
+            self._written = written(self._program)
+        return [tf.convert_to_tensor(v) for v in self._written]
 
     def said(self, head: str) -> str:
         """Return what is known of an output's rows, in a sentence."""
@@ -256,7 +266,7 @@ class Certificates:
         """Return the sources whose rows are wrong, and by how much."""
         live = self._reference(head, sources)
         compiled = self._when == "always" and not due.turns.is_first
-        with live.state_kept() as once_more:
+        with put_back(self._written or (), due.state) as once_more:
             cotangent = weighted(chosen.kind, chosen.payload, r, output)
             right = live(batch.tensors, cotangent, compiled)
             off, scale = self._compared(head, sources, ours, right)

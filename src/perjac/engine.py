@@ -19,7 +19,7 @@ from perjac.losses import Objective
 from perjac.objectives import Objectives
 from perjac.precision import at_least_float32
 from perjac.questions import THEMSELVES, Question
-from perjac.sources import Source, Weights
+from perjac.sources import Source
 from perjac.traced import Traced
 from perjac.traces import LOSS, Traces
 from perjac.trust import Trust
@@ -65,9 +65,8 @@ class Engine(Trust):
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
     certify : {"schedule", "always", "never"}
-        Which calls are compared with `tf.GradientTape` on the model itself: the first of each
-        kind, then calls 2, 4, 8, ...; all; or none. One backward pass tells whether a random sum
-        of all rows is right. Weights for which it is not take the tape path, with a warning.
+        Which calls are compared with `tf.GradientTape` on the model: the first of each kind, then
+        2, 4, 8, ...; all; or none. Weights that do not agree take the tape path, with a warning.
 
     Attributes
     ----------
@@ -121,11 +120,7 @@ class Engine(Trust):
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
-        return f"Engine({name!r}, {len(self._weights.keys)} variables)"
-
-    @property
-    def _weights(self) -> Weights:
-        return self.traces.weights
+        return f"Engine({name!r}, {len(self.traces.weights.keys)} variables)"
 
     @property
     def input_names(self) -> list[str]:
@@ -145,7 +140,7 @@ class Engine(Trust):
     @property
     def weight_names(self) -> list[str]:
         """The keys of the trainable weights."""
-        return [self._weights.keys[n] for n in self._weights.trainable]
+        return [self.traces.weights.keys[n] for n in self.traces.weights.trainable]
 
     def jacobian(
         self,
@@ -203,7 +198,7 @@ class Engine(Trust):
         return Jacobian(
             factors,
             sources,
-            self._weights,
+            self.traces.weights,
             result,
             row_shape,
             memory_limit=self.memory_limit,
@@ -280,7 +275,7 @@ class Engine(Trust):
         return Gradients(
             factors,
             sources,
-            self._weights,
+            self.traces.weights,
             losses,
             memory_limit=self.memory_limit,
             jit=self._jit,

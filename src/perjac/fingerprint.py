@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from perjac import host
+from perjac.sources import is_variable
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _CONTAINERS = (list, tuple, dict)
@@ -114,7 +115,7 @@ class Fingerprint:
             thing, name = stack.pop()
             if id(thing) in seen:
                 continue
-            if host.is_variable(thing):
+            if is_variable(thing):
                 self._variables.append(thing)
             elif host.is_part(thing):
                 self._watched.append(thing)

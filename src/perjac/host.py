@@ -204,7 +204,7 @@ def _packing(structure: Any) -> Callable[[Iterator[Any]], Any]:
 
 
 def is_eager() -> bool:
-    """Tell whether operations run at once, as usual: in no graph, and functions are compiled."""
+    """Tell whether operations run at once, and functions are compiled."""
     return tf.executing_eagerly() and not tf.config.functions_run_eagerly()
 
 
@@ -346,44 +346,36 @@ def is_part(thing: Any) -> bool:
     return isinstance(thing, (keras.Operation, tf.Module))
 
 
-def is_variable(thing: Any) -> bool:
-    """Tell whether `thing` is a TensorFlow or Keras variable."""
-    return isinstance(thing, (keras.Variable, tf.Variable))
-
-
 def is_value(thing: Any) -> bool:
     """Tell whether `thing` is a tensor with a value, in no graph."""
     return isinstance(thing, framework.EagerTensor)
 
 
-# Attributes in which Keras 3 keeps account of calls, of where a layer is used, and of saving.
-_ACCOUNTS = """
-    _tracker _tracked _lock _path _parent_path _called _losses _loss_ids _losses_override _metrics
-    _inbound_nodes _outbound_nodes _build_shapes_dict _auto_config _saved_model_inputs_spec
-    _saved_model_arg_spec _call_has_context_arg call_signature_parameters _call_context_args
-    _call_signature _seed_generators _nodes _nodes_by_depth _operations_by_depth name _name
-    is_gptq_calibrated is_awq_calibrated
-"""
-# And those in which a model keeps its training.
-_TRAINING = """
-    _run_eagerly _jit_compile compiled loss optimizer steps_per_execution _initial_epoch history
-    _compute_loss_has_training_arg _compile_loss _compile_metrics _loss_tracker _compile_config
-    _compiled_trainable_state _distribute_strategy _distribute_reduction_method train_function
-    test_function predict_function unrolled_steps_per_execution _eval_epoch_iterator stop_training
-    stop_evaluating stop_predicting train_tf_function test_tf_function predict_tf_function
-"""
-_BOOKKEEPING = frozenset(_ACCOUNTS.split()), frozenset(_TRAINING.split())
+# Attributes in which Keras 3 keeps account of calls, of where a layer is used, and of saving; and
+# those in which a model keeps its training.
+_ACCOUNTS, _TRAINING = (
+    frozenset(names.split())
+    for names in (
+        """_tracker _tracked _lock _path _parent_path _called _losses _loss_ids _losses_override
+        _metrics _inbound_nodes _outbound_nodes _build_shapes_dict _auto_config _call_context_args
+        _saved_model_inputs_spec _saved_model_arg_spec _call_has_context_arg _call_signature
+        call_signature_parameters _seed_generators _nodes _nodes_by_depth _operations_by_depth
+        name _name is_gptq_calibrated is_awq_calibrated""",
+        """_run_eagerly _jit_compile compiled loss optimizer steps_per_execution _initial_epoch
+        history _compute_loss_has_training_arg _compile_loss _compile_metrics _loss_tracker
+        _compile_config _compiled_trainable_state _distribute_strategy _distribute_reduction_method
+        train_function test_function predict_function unrolled_steps_per_execution stop_training
+        _eval_epoch_iterator stop_evaluating stop_predicting train_tf_function test_tf_function
+        predict_tf_function""",
+    )
+)
 
 
 def is_bookkeeping(thing: Any, attribute: str) -> bool:
-    """Tell whether an attribute of a layer or module says nothing about what it computes.
-
-    Of TensorFlow's own (`_self_...`) that holds for all but the parts of older Keras models.
-    """
+    """Tell whether an attribute of a layer or module says nothing about what it computes."""
     if attribute.startswith("_self_"):
-        return attribute != "_self_tracked_trackables"
-    always, training = _BOOKKEEPING
-    return attribute in always or (attribute in training and hasattr(thing, "compile"))
+        return attribute != "_self_tracked_trackables"  # parts of older Keras models
+    return attribute in _ACCOUNTS or (attribute in _TRAINING and hasattr(thing, "compile"))
 
 
 def compiled_loss(model: Any) -> tuple[Any, Any] | None:
@@ -414,10 +406,7 @@ def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
 
 
 def logits_of(tensor: tf.Tensor) -> tf.Tensor | None:
-    """Return what Keras's softmax or sigmoid was taken of (`_keras_logits`, since Keras 3.0).
-
-    Keras leaves it on the result, for its own crossentropies.
-    """
+    """Return what a softmax or sigmoid was taken of; Keras 3.0 notes it down (`_keras_logits`)."""
     return getattr(tensor, "_keras_logits", None)
 
 

@@ -65,28 +65,7 @@ class Reference:
             for s in sources
             if s.kind == "weight"
         }
-        self._state = written(program)
         self._compiled = host.compiled(self._run, reduce_retracing=True)
-
-    @contextlib.contextmanager
-    def state_kept(self) -> Iterator[Callable[[], None]]:
-        """Give the variables that a call changes their values back at the end.
-
-        Yields what does so before a second call, for all but the states of random numbers: a
-        model whose two calls then differ is a random one.
-        """
-        saved = [(v, tf.convert_to_tensor(v)) for v in self._state]
-
-        def again() -> None:
-            for variable, value in saved:
-                if value.dtype.is_floating:
-                    variable.assign(value)
-
-        try:
-            yield again
-        finally:
-            for variable, value in saved:
-                variable.assign(value)
 
     def __call__(
         self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor, compiled: bool = False
@@ -119,6 +98,30 @@ class Reference:
         if source.kind == "weight":
             return self._weights[source]
         return inputs[source.index] if source.kind == "input" else self._taps[source]({}, taps)
+
+
+@contextlib.contextmanager
+def put_back(
+    variables: Sequence[tf.Variable], values: Sequence[tf.Tensor]
+) -> Iterator[Callable[[], None]]:
+    """Have variables hold these values inside the block, and what they hold now after it.
+
+    Yields what gives them the values once more, but for the states of random numbers: a model of
+    which two calls then differ is a random one.
+    """
+    now = [tf.convert_to_tensor(v) for v in variables]
+
+    def assign(whole: bool) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            if whole or value.dtype.is_floating:
+                variable.assign(value)
+
+    try:
+        assign(whole=True)
+        yield lambda: assign(whole=False)
+    finally:
+        for variable, value in zip(variables, now, strict=True):
+            variable.assign(value)
 
 
 def written(program: Program) -> list[tf.Variable]:

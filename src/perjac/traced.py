@@ -92,10 +92,8 @@ class Traced(Examined):
         Whether XLA may compile.
     whole : bool
         Whether it compiles all from inputs to factors, and not only where it is faster on a CPU.
-    autotune : bool
-        Whether schedules are tried.
-    certify : str
-        Which calls are certified.
+    autotune, certify : bool, str
+        Whether schedules are tried, and which calls are certified.
     """
 
     def __init__(
@@ -169,7 +167,7 @@ class Traced(Examined):
             len(self._uncertified),
         )  # fmt: skip
         turns = self._certificates.turns(head, key[1], chosen.signature, question, self._compact)
-        due = batch.size > 0 and host.is_eager() and turns.due()
+        due = batch.size * chosen.count > 0 and host.is_eager() and turns.due()
         if not due and (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
@@ -193,6 +191,7 @@ class Traced(Examined):
             whole = where == slice(0, batch.size)
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
+            state = self._certificates.state() if due else []
             with _failing(last):
                 output, factors, fine = self._sweep(task, part, seeds, apart=due)
             self._check_finite(batch, fine)
@@ -208,8 +207,8 @@ class Traced(Examined):
                 factors = {**factors, **explicit}
                 lost.update(tape.disconnected)
             if due and where.start == 0:
-                asked = Due(turns, tuple(taped))
-                self._certificates.check(asked, head, sources, part, seeds, output, factors)
+                now = Due(turns, tuple(taped), state)
+                self._certificates.check(now, head, sources, part, seeds, output, factors)
             return answers
 
         try:
