@@ -55,7 +55,7 @@ class Module(tf.Module):
 
     def __init__(self, inside=None):
         super().__init__()
-        self.w = tf.Variable(RNG.normal(size=(4, 4)).astype("float32"))
+        self.w = tf.Variable(tf.constant(RNG.normal(size=(4, 4)), tf.float32))
         self.activation, self.inside = tf.tanh, inside
 
     def __call__(self, x):
@@ -134,7 +134,7 @@ def replaced_in_a_dict(model):
 
 
 def new_variable(module):
-    module.w = tf.Variable(RNG.normal(size=(4, 4)).astype("float32"))
+    module.w = tf.Variable(tf.constant(RNG.normal(size=(4, 4)), tf.float32))
 
 
 def nested_activation(module):

@@ -76,6 +76,14 @@ class Reference:
         """
         return list((self._compiled if compiled else self._run)(list(inputs), cotangent))
 
+    def meets(self, inputs: Sequence[tf.Tensor], allowed: float) -> bool:
+        """Tell whether the first example's output is another one where that example is alone."""
+        both = []
+        for given in (list(inputs), [t[:1] for t in inputs]):
+            output = self._find(*self._callee(tf.nest.pack_sequence_as(self._structure, given)))
+            both.append(tf.cast(output[:1], tf.float64))  # type: ignore[index]
+        return bool(tf.norm(both[0] - both[1]) > allowed * tf.norm(both[0]))
+
     def _run(self, inputs: list[tf.Tensor], cotangent: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(list(self._weights.values()))
@@ -88,7 +96,7 @@ class Reference:
         if not output.shape.is_compatible_with(cotangent.shape):
             raise OtherShape(tuple(output.shape))
         against = [self._tensor(source, inputs, taps) for source in self._sources]
-        gradients = tape.gradient(output, against, output_gradients=cotangent)
+        gradients = tape.gradient(output, against, output_gradients=cotangent)  # type: ignore
         return [
             tf.zeros(tf.shape(a), a.dtype) if g is None else tf.convert_to_tensor(g)
             for a, g in zip(against, gradients, strict=True)

@@ -238,6 +238,6 @@ def weighted(kind: str, payload: tf.Tensor, r: tf.Tensor, output: tf.Tensor) -> 
         return tf.reshape(tf.transpose(summed), shape)
     if kind == "each":
         return tf.reshape(r * tf.one_hot(payload, entries, dtype=r.dtype), shape)
-    given = rows(kind, payload, r.shape[1], output)
-    flat = tf.reshape(given, [-1, r.shape[1], entries])
+    count = known(r.shape)[1]
+    flat = tf.reshape(rows(kind, payload, count, output), [-1, count, entries])
     return tf.reshape(tf.matmul(r[:, None], flat), shape)

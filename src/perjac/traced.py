@@ -207,7 +207,7 @@ class Traced(Examined):
                 factors = {**factors, **explicit}
                 lost.update(tape.disconnected)
             if due and where.start == 0:
-                now = Due(turns, tuple(taped), state)
+                now = Due(turns, tuple(taped), state, head in self._checked)
                 self._certificates.check(now, head, sources, part, seeds, output, factors)
             return answers
 
