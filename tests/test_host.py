@@ -148,3 +148,42 @@ def test_vectorised_products_are_right_for_one_example(batch, known, second):
 
     right = np.matmul(x.astype(float), np.swapaxes(y, -1, -2) if second else y)
     np.testing.assert_allclose(products(x, y), right, rtol=1e-5, atol=1e-5)
+
+
+def test_keras_notes_down_the_logits():
+    z = tf.constant([[1.0, 2.0]])
+    for activation in (keras.activations.softmax, keras.activations.sigmoid):
+        assert host.logits_of(activation(z)) is z
+        layer = keras.layers.Dense(2, activation)
+        assert host.logits_of(layer(z)).shape == (1, 2)
+    assert host.logits_of(z) is None
+
+
+def test_attributes_of_a_layer_are_what_it_computes_or_bookkeeping():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    layer = model.layers[0]
+    assert {"activation", "use_bias", "lora_enabled", "_dtype_policy", "_trainable", "_kernel"} <= {
+        name for name in vars(layer) if not host.is_bookkeeping(layer, name)
+    }
+    assert {"_functional", "_layers"} <= {
+        name for name in vars(model) if not host.is_bookkeeping(model, name)
+    }
+    assert host.is_bookkeeping(model, "train_function")
+    assert not host.is_bookkeeping(layer, "loss")
+    assert host.is_part(layer)
+    assert not host.is_part(model.optimizer)
+
+
+def test_what_has_a_value_and_what_runs_at_once_is_told():
+    assert host.is_value(tf.constant(1.0))
+    assert not host.is_value(np.ones(2))
+    assert host.is_eager()
+    seen = []
+    tf.function(lambda x: seen.append((host.is_eager(), host.is_value(x))) or x)(tf.constant(1.0))
+    assert seen == [(False, False)]
+    tf.config.run_functions_eagerly(True)
+    try:
+        assert not host.is_eager()
+    finally:
+        tf.config.run_functions_eagerly(False)

@@ -59,6 +59,7 @@ class Reference:
         self._callee, self._structure = callee, structure
         self._find = _found(program, head)
         self._sources = list(sources)
+        self._watches = head not in program.heads.values() or any(s.tensor for s in sources)
         self._taps = {s: finder(program, s.tensor) for s in sources if s.tensor}
         self._weights = {
             s: host.tf_variable(program.weights.variables[s.index])
@@ -80,7 +81,7 @@ class Reference:
         """Tell whether the first example's output is another one where that example is alone."""
         both = []
         for given in (list(inputs), [t[:1] for t in inputs]):
-            output = self._find(*self._callee(tf.nest.pack_sequence_as(self._structure, given)))
+            output = self._find(*self._call(given))
             both.append(tf.cast(output[:1], tf.float64))  # type: ignore[index]
         return bool(tf.norm(both[0] - both[1]) > allowed * tf.norm(both[0]))
 
@@ -89,7 +90,7 @@ class Reference:
             tape.watch(list(self._weights.values()))
             if len(self._weights) < len(self._sources):
                 tape.watch([t for t in inputs if t.dtype.is_floating])
-            heads, taps = self._callee(tf.nest.pack_sequence_as(self._structure, inputs))
+            heads, taps = self._call(inputs)
             output = self._find(heads, taps)
         if output is None:
             raise Unreachable("the live model does not show this output")
@@ -101,6 +102,13 @@ class Reference:
             tf.zeros(tf.shape(a), a.dtype) if g is None else tf.convert_to_tensor(g)
             for a, g in zip(against, gradients, strict=True)
         ]
+
+    def _call(self, inputs: Sequence[tf.Tensor]) -> tuple[dict[str, tf.Tensor], Any]:
+        given = tf.nest.pack_sequence_as(self._structure, inputs)
+        if self._watches:
+            return self._callee(given)
+        with self._callee.around():
+            return self._callee.heads(self._callee.function(given)), {}
 
     def _tensor(self, source: Source, inputs: list[tf.Tensor], taps: Any) -> Any:
         if source.kind == "weight":
