@@ -197,13 +197,23 @@ def test_gradients_notice_too():
     engine.fisher(X, likelihood="gaussian").diagonal()
 
 
-def test_a_layer_inside_a_function_is_watched():
-    layer = L.Dense(2, "tanh")
+GLOBAL = L.Dense(2, "tanh")
+
+
+@pytest.mark.parametrize("place", ["closure", "global", "method"])
+def test_a_layer_that_a_function_mentions_is_watched(place):
+    layer = GLOBAL if place == "global" else L.Dense(2, "tanh")
     layer.build((None, 4))
-    engine = pj.Engine(lambda x: 2 * layer(x), variables=layer.trainable_variables, certify="never")
+    functions = {
+        "closure": lambda x: 2 * layer(x),
+        "global": lambda x: 2 * GLOBAL(x),
+        "method": layer.__call__,
+    }
+    function = functions[place]
+    engine = pj.Engine(function, variables=layer.trainable_variables, certify="never")
     engine.jacobian(X)
     layer.activation = keras.activations.relu
-    np.testing.assert_allclose(engine.outputs(X), 2 * layer(X), rtol=1e-6)
+    np.testing.assert_allclose(engine.outputs(X), function(X), rtol=1e-6)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ class Fingerprint:
     Parameters
     ----------
     model : keras.Model, keras.Layer, tf.Module or callable
-        The root. Of a plain function only the layers and modules that it closes over are known.
+        The root. Of a plain function only the layers and modules that it mentions are known.
 
     Attributes
     ----------
@@ -146,14 +146,15 @@ def _called(thing: Any) -> str:
 
 
 def _roots(model: Any) -> list[Any]:
-    """Return the layers and modules that a model is or is bound to, or that it closes over."""
+    """Return the layers and modules that a model is or is bound to, or that it mentions."""
     if host.is_part(model):
         return [model]
-    cells = getattr(model, "__closure__", None) or ()
     inside = [getattr(model, "__self__", None)]
-    for cell in cells:
+    for cell in getattr(model, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # an empty cell
             inside.append(cell.cell_contents)
+    code, known = getattr(model, "__code__", None), getattr(model, "__globals__", {})
+    inside += [known.get(name) for name in getattr(code, "co_names", ())]
     return [thing for thing in inside if host.is_part(thing)]
 
 
