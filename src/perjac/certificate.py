@@ -293,7 +293,10 @@ class Certificates:
             suspect = [n for n in suspect if n not in unknown]
         if suspect:
             noise = self._noise(head, sources, batch, cotangent)
-            blurred = [n for n in suspect if off[n] <= _NOISE * noise[n]]
+            # Where one weight's gradient is rounding, those of the weights before it are as well.
+            known = [n for n in range(len(sources)) if scale[n] > 0 and np.isfinite(scale[n])]
+            worst = max((noise[n] / scale[n] for n in known), default=0.0)
+            blurred = [n for n in suspect if off[n] <= _NOISE * max(noise[n], worst * scale[n])]
             if blurred:
                 self._undecided[head] = "the numbers are mostly rounding on this data"
             suspect = [n for n in suspect if n not in blurred]
