@@ -334,7 +334,8 @@ def tiny(dtype):
     return model, data(6, 5, dtype=dtype)
 
 
-FINE = [saturated, dead, zeros, attention, pictures, alike, embedded, tiny]
+FINE = [saturated, dead, zeros, attention, pictures, tiny]
+FINE += [pytest.param(f, marks=pytest.mark.slow, id=f.__name__) for f in (alike, embedded)]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_float16", "mixed_bfloat16"])
