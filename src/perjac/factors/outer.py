@@ -254,6 +254,6 @@ def weighted(delta: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
     ones, count = [1] * (delta.shape.rank - 2), delta.shape[1]
     if count == 1:
         return tf.squeeze(delta, 1) * tf.reshape(u, [-1, *ones])
-    lead = [-1, count] if count else tf.shape(u)
-    spread = tf.reshape(u, tf.concat([lead, ones], 0) if count is None else [*lead, *ones])
+    shape = [-1, count, *ones] if count else tf.concat([tf.shape(u), ones], 0)
+    spread = tf.reshape(u, shape)
     return tf.reduce_sum(delta * spread, 1)
