@@ -228,3 +228,44 @@ def test_the_variables_that_a_function_reads_are_keras_variables_where_there_are
     for held in ([], [*layer.variables, free]):  # looked for everywhere, and known before
         found = host.variables_read(concrete, held)
         assert {id(v) for v in found} == {id(v) for v in [*layer.variables, free]}
+
+
+def test_keras_notes_down_the_logits():
+    z = tf.constant([[1.0, 2.0]])
+    for activation in (keras.activations.softmax, keras.activations.sigmoid):
+        assert host.logits_of(activation(z)) is z
+        layer = keras.layers.Dense(2, activation)
+        assert host.logits_of(layer(z)).shape == (1, 2)
+    assert host.logits_of(z) is None
+
+
+def test_attributes_of_a_layer_are_what_it_computes_or_bookkeeping():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    layer = model.layers[0]
+    assert {"activation", "use_bias", "lora_enabled", "_dtype_policy", "_trainable", "_kernel"} <= {
+        name for name in vars(layer) if not host.is_bookkeeping(layer, name)
+    }
+    assert {"_functional", "_layers"} <= {
+        name for name in vars(model) if not host.is_bookkeeping(model, name)
+    }
+    assert host.is_bookkeeping(model, "train_function")
+    assert not host.is_bookkeeping(layer, "loss")
+    assert host.is_part(layer)
+    assert not host.is_part(model.optimizer)
+
+
+def test_what_has_a_value_and_what_runs_at_once_is_told():
+    assert host.is_eager(tf.constant(1.0))
+    assert not host.is_eager(np.ones(2))
+    assert host.runs_at_once()
+    seen = []
+    tf.function(lambda x: seen.append((host.runs_at_once(), host.is_eager(x))) or x)(
+        tf.constant(1.0)
+    )
+    assert seen == [(False, False)]
+    tf.config.run_functions_eagerly(True)
+    try:
+        assert not host.runs_at_once()
+    finally:
+        tf.config.run_functions_eagerly(False)

@@ -144,7 +144,7 @@ def _with(callee: Callee, objective: Objective, more: Callable[[Any], Any]) -> C
             loss = _total([loss, added])
         return found if loss is None else {LOSS: loss} | found
 
-    return Callee(losses, callee.model)
+    return dataclasses.replace(callee, function=losses)
 
 
 def _unmixed(

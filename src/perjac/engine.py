@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from perjac import binding, blame, inputs, inside, laid, memory, seeds
 from perjac.added_losses import LOSS
+from perjac.certificate import SCHEDULES
 from perjac.compiling import NotForXla
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
@@ -29,6 +30,7 @@ _OPTIONS = {
     "jit": ("auto", True, False),
     "autotune": (True, False),
     "independence": ("check", "trust"),
+    "certify": SCHEDULES,
 }
 
 
@@ -63,6 +65,9 @@ class Engine(Trust):
         remembers nothing.
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
+    certify : {"schedule", "always", "never"}
+        Which calls are compared with `tf.GradientTape` on the model: the first of each kind, then
+        2, 4, 8, ...; all; or none. Weights that do not agree take the tape path, with a warning.
 
     Attributes
     ----------
@@ -99,10 +104,11 @@ class Engine(Trust):
         jit: bool | str = "auto",
         autotune: bool = False,
         independence: str = "check",
+        certify: str = "schedule",
     ):
         given = {
             "training": training, "path": path, "jit": jit, "autotune": autotune,
-            "independence": independence,
+            "independence": independence, "certify": certify,
         }  # fmt: skip
         for name, value in given.items():
             check_one_of(value, _OPTIONS[name], name)
@@ -110,13 +116,12 @@ class Engine(Trust):
         self.model = model = binding.loaded(model, signature)
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
-        self.traces = Traces(model, variables, training, path, jit, autotune)
-        self._weights = self.traces.weights
+        self.traces = Traces(model, variables, training, path, jit, autotune, certify)
         self._objectives = Objectives(model, self.traces)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
-        return f"Engine({name!r}, {len(self._weights.keys)} variables)"
+        return f"Engine({name!r}, {len(self.traces.weights.keys)} variables)"
 
     @property
     def input_names(self) -> list[str]:
@@ -136,7 +141,7 @@ class Engine(Trust):
     @property
     def weight_names(self) -> list[str]:
         """The keys of the trainable weights."""
-        return [self._weights.keys[n] for n in self._weights.trainable]
+        return [self.traces.weights.keys[n] for n in self.traces.weights.trainable]
 
     def jacobian(
         self,
@@ -198,7 +203,7 @@ class Engine(Trust):
         return Jacobian(
             factors,
             sources,
-            self._weights,
+            self.traces.weights,
             result,
             row_shape,
             memory_limit=self.memory_limit,
@@ -278,7 +283,7 @@ class Engine(Trust):
         return Gradients(
             factors,
             sources,
-            self._weights,
+            self.traces.weights,
             losses,
             memory_limit=self.memory_limit,
             jit=self._jit,

@@ -85,6 +85,10 @@ class NotConvergedError(PerjacError, ArithmeticError):
     """An iteration that did not come to its end."""
 
 
+class CertificateError(PerjacError, ArithmeticError):
+    """A derivative that does not agree with the model's own, and that no path computes."""
+
+
 class MissingExtraError(PerjacError, ImportError):
     """A feature whose optional extra is not installed."""
 
@@ -111,6 +115,10 @@ class LostGradientWarning(PerjacWarning):
 
 class SlowPathWarning(PerjacWarning):
     """A slower way was taken, and why."""
+
+
+class CertificateWarning(PerjacWarning):
+    """A derivative did not agree with the model's own: the tape path computes it from now on."""
 
 
 class CacheWarning(PerjacWarning):

@@ -5,6 +5,7 @@ Everything that is known of a trace before anything is computed with it; nothing
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class Examined:
         ] = {}  # heads whose examples stay apart, and how that is known
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
+        self._uncertified: dict[Source, str] = {}  # sources that go to the tape, and why
         self._compact = True
 
     @functools.cached_property
@@ -177,6 +179,7 @@ class Examined:
                 self._compact,
             ),
         )
+        made = [_taped(d, self._uncertified.get(d.source, "")) for d in made]
         for decision in made:
             if self._path == "factored" and decision.path == "tape":
                 raise PathError(
@@ -234,7 +237,16 @@ class Examined:
         about = (*(d.source for d in decisions), *others)
         rows = rows_at_once(self.program, count)
         return self.once(
-            ("load", head, about, count, schedule, kept, self._why_tape(head)),
+            (
+                "load",
+                head,
+                about,
+                count,
+                schedule,
+                kept,
+                self._why_tape(head),
+                len(self._uncertified),
+            ),  # fmt: skip
             lambda: Load.of(
                 decisions,
                 others,
@@ -256,3 +268,11 @@ class Examined:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+def _taped(decision: Decision, why: str) -> Decision:
+    """Return a decision for the tape path, where there is a reason against the factored one."""
+    if not why or decision.path == "tape":
+        return decision
+    formed = decision.formed or decision.source.size
+    return dataclasses.replace(decision, path="tape", rules=(), reason=why, formed=formed)

@@ -270,6 +270,11 @@ def runs_eagerly_outside() -> bool:
     return bool(tf.compat.v1.executing_eagerly_outside_functions())
 
 
+def runs_at_once() -> bool:
+    """Tell whether operations run at once, and functions are compiled."""
+    return tf.executing_eagerly() and not tf.config.functions_run_eagerly()
+
+
 def scratch_graph() -> Any:
     """Return a function graph to try things in (`tf.__internal__.FuncGraph`, since 2.5)."""
     return tf.__internal__.FuncGraph("scratch")
@@ -455,6 +460,38 @@ def is_layer(thing: Any) -> bool:
     return isinstance(thing, keras.layers.Layer)
 
 
+def is_part(thing: Any) -> bool:
+    """Tell whether `thing` is a layer, operation or module: what models are made of."""
+    return isinstance(thing, (keras.Operation, tf.Module))
+
+
+# Attributes in which Keras 3 keeps account of calls, of where a layer is used, and of saving; and
+# those in which a model keeps its training.
+_ACCOUNTS, _TRAINING = (
+    frozenset(names.split())
+    for names in (
+        """_tracker _tracked _lock _path _parent_path _called _losses _loss_ids _losses_override
+        _metrics _inbound_nodes _outbound_nodes _build_shapes_dict _auto_config _call_context_args
+        _saved_model_inputs_spec _saved_model_arg_spec _call_has_context_arg _call_signature
+        call_signature_parameters _seed_generators _nodes _nodes_by_depth _operations_by_depth
+        name _name is_gptq_calibrated is_awq_calibrated""",
+        """_run_eagerly _jit_compile compiled loss optimizer steps_per_execution _initial_epoch
+        history _compute_loss_has_training_arg _compile_loss _compile_metrics _loss_tracker
+        _compile_config _compiled_trainable_state _distribute_strategy _distribute_reduction_method
+        train_function test_function predict_function unrolled_steps_per_execution stop_training
+        _eval_epoch_iterator stop_evaluating stop_predicting train_tf_function test_tf_function
+        predict_tf_function""",
+    )
+)
+
+
+def is_bookkeeping(thing: Any, attribute: str) -> bool:
+    """Tell whether an attribute of a layer or module says nothing about what it computes."""
+    if attribute.startswith("_self_"):
+        return attribute != "_self_tracked_trackables"  # parts of older Keras models
+    return attribute in _ACCOUNTS or (attribute in _TRAINING and hasattr(thing, "compile"))
+
+
 def compiled_loss(model: Any) -> tuple[Any, Any] | None:
     """Return the (loss, loss_weights) of `model.compile`, or None where there is none.
 
@@ -480,6 +517,11 @@ def loss_options(loss: Any) -> dict[str, Any]:
 def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     """Return the mask that a layer or loss left on a tensor (`_keras_mask`, since Keras 3.0)."""
     return getattr(tensor, "_keras_mask", None)
+
+
+def logits_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """Return what a softmax or sigmoid was taken of; Keras 3.0 notes it down (`_keras_logits`)."""
+    return getattr(tensor, "_keras_logits", None)
 
 
 def takes_training(layer: Any) -> bool:

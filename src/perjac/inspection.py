@@ -90,6 +90,8 @@ class Plan:
         The same as it was measured, where it was.
     forming : Spent
         Of all rows, expected, where they are formed.
+    certificate : str
+        Whether the rows were compared with the live model's gradient.
     """
 
     schedule: str
@@ -98,6 +100,7 @@ class Plan:
     expected: Spent
     measured: Spent | None
     forming: Spent
+    certificate: str = ""
 
     def __str__(self) -> str:
         measured = f"; measured {self.measured}" if self.measured else ""
@@ -105,6 +108,7 @@ class Plan:
         return (
             f"Sweep: {self.schedule}; examples at a time: {self.examples}{each}; expected "
             f"{self.expected}{measured}. Forming all rows: expected {self.forming}."
+            f"{' ' * bool(self.certificate)}{self.certificate}"
         )
 
 

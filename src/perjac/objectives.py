@@ -34,11 +34,16 @@ class Objectives:
         self._model, self._traces = model, traces
         self._known: dict[Key, Objective] = {}
         self._doubted: set[Key] = set()  # those whose outputs were looked at
+        self._generation = 0  # of the model that these are of
 
     def of(
         self, loss: Any, loss_weights: Any, class_weight: Mapping[int, float] | None
     ) -> Objective:
         """Return the objective of a loss, the compiled one for None; the same for equal ones."""
+        if self._generation != self._traces.refresh():  # the model has changed, so has its output
+            self._generation = self._traces.refresh()
+            self._known.clear()
+            self._doubted.clear()
         if loss is None:
             new: Objective = CompiledLoss(self._model, loss_weights, class_weight)
         else:

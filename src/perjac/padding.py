@@ -56,6 +56,31 @@ class Sizes:
             self.wasted[size] = self.wasted.get(size, 0.0) + seconds * (1 - size / at)
 
 
+def within(answers: Any, where: slice, of: int) -> Any:
+    """Return what belongs to some of the examples of a nest of tensors, as `first` does.
+
+    As it stands, past `tf.nest` and Python's own slices: these take ten times as long.
+    """
+    edges: dict[tuple[int, int], tuple[tf.Tensor, tf.Tensor]] = {}
+
+    def cut(thing: Any) -> Any:
+        if hasattr(thing, "__tf_flatten__"):
+            static, moving = thing.__tf_flatten__()
+            return type(thing).__tf_unflatten__(static, tuple(map(cut, moving)))
+        if isinstance(thing, dict):
+            return {name: cut(part) for name, part in thing.items()}
+        if isinstance(thing, (list, tuple)):
+            return type(thing)(map(cut, thing))
+        kind = positions, rest = thing.shape[0] // of, thing.shape.rank - 1
+        if kind not in edges:
+            begin, length = where.start * positions, (where.stop - where.start) * positions
+            edges[kind] = tf.constant([begin, *[0] * rest]), tf.constant([length, *[-1] * rest])
+        begin, length = edges[kind]
+        return tf.raw_ops.Slice(input=thing, begin=begin, size=length)
+
+    return cut(answers)
+
+
 def first(answers: Any, count: int, of: int) -> Any:
     """Return what belongs to the first examples of a nest of tensors, all with examples in front.
 

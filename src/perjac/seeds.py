@@ -245,3 +245,22 @@ def _directions(cotangents: Any, batch: int, shape: tuple[int, ...], dtype: tf.D
             f"{', '.join(map(str, shape))}). Received: {tuple(u.shape)}."
         )
     return Seeds("cotangents", known(u.shape[1:2]), u)
+
+
+def weighted(kind: str, payload: tf.Tensor, r: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+    """Return Σ_k r[b,k] · row k of the seeds, (B, *output_shape), for r (B, K).
+
+    Without the rows where they have a single 1: those of 1,000 outputs are a million numbers.
+    """
+    r, shape = tf.cast(r, output.dtype), tf.shape(output)
+    if kind == "all":
+        return tf.reshape(r, shape)
+    entries = output.shape[1:].num_elements()
+    if kind == "chosen":
+        summed = tf.math.unsorted_segment_sum(tf.transpose(r), payload, entries)
+        return tf.reshape(tf.transpose(summed), shape)
+    if kind == "each":
+        return tf.reshape(r * tf.one_hot(payload, entries, dtype=r.dtype), shape)
+    count = known(r.shape)[1]
+    flat = tf.reshape(rows(kind, payload, count, output), [-1, count, entries])
+    return tf.reshape(tf.matmul(r[:, None], flat), shape)

@@ -5,6 +5,7 @@ Knows models, graphs and variables; must not know rules, seeds or what will be a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -41,10 +42,13 @@ class Callee:
         Takes the inputs in the user's own structure, returns the outputs.
     model : object or None
         The Keras model to watch the layers of.
+    around : callable
+        Returns a context to call the function in.
     """
 
     function: Callable[[Any], Any]
     model: Any = None
+    around: Callable[[], Any] = contextlib.nullcontext
 
     def __call__(self, inputs: Any) -> tuple[dict[str, tf.Tensor], Taps]:
         """Return ({head: output}, {layer: its outputs, call by call}) for a batch of inputs."""
@@ -55,11 +59,12 @@ class Callee:
             if tensors:
                 taps.setdefault(name, []).append(tensors[0])
 
-        if self.model is None:
-            return self.heads(self.function(inputs)), taps
-        with watching_calls(self.model, seen):
-            outputs = self.function(inputs)
-        return self.heads(outputs), taps
+        with self.around():
+            if self.model is None:
+                return self.heads(self.function(inputs)), taps
+            with watching_calls(self.model, seen):
+                outputs = self.function(inputs)
+            return self.heads(outputs), taps
 
     def heads(self, outputs: Any) -> dict[str, tf.Tensor]:
         """Name the outputs: by dictionary key, by Keras's output names, or by number."""

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import blame, device, host, inside, memory
+from perjac.certificate import Certificates, Due, Uncertified
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held, held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -81,8 +82,8 @@ class Traced(Examined):
         Whether XLA may compile.
     whole : bool
         Whether it compiles all from inputs to factors, and not only where it is faster on a CPU.
-    autotune : bool
-        Whether schedules are tried.
+    autotune, certify : bool, str
+        Whether schedules are tried, and which calls are certified.
     """
 
     def __init__(
@@ -94,8 +95,11 @@ class Traced(Examined):
         jit: bool,
         whole: bool = False,
         autotune: bool = False,
+        certify: str = "never",
     ):
         super().__init__(callee, program, structure, path)
+        self._certificates = Certificates(callee, structure, program, lambda: self.plain, certify)
+        self._uncertified = self._certificates.refused
         self._xla, self._whole = whole or (jit and program.suits_xla), whole
         self._may_xla, self._autotune = jit, autotune
         self._apart: set[Question] = set()  # questions that XLA does not compile
@@ -158,7 +162,10 @@ class Traced(Examined):
             For sources that the output does not depend on.
         """
         key = self._key(head, sources, batch, chosen, memory_limit, question)
-        if (known := self._alone.get(key)) is not None:
+        turns = self._certificates.turns(head, key[1], chosen.signature, question, self._compact)
+        due = batch.size * chosen.count > 0 and host.runs_at_once() and turns.due()
+        due = due and not inside.is_rehearsing()
+        if not due and (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
                 self._check_finite(head, batch, fine)
@@ -182,10 +189,12 @@ class Traced(Examined):
             whole = where == slice(0, batch.size)
             part = batch if whole else batch.part(where)
             seeds = chosen if whole else chosen.part(where)
+            state = self._certificates.state() if due else []
             with failing(last):
-                output, answers, fine = self._sweep(task, part, seeds)
+                output, factors, fine = self._sweep(task, part, seeds, apart=due)
             self._check_finite(head, batch, fine)
             outputs.append(output)
+            answers = query(question)(factors) if due and question != THEMSELVES else factors
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
                 taking = tape if not host.is_watched() else _sealing(tape)
@@ -198,7 +207,11 @@ class Traced(Examined):
                     for source, rows in zip(taped, found, strict=True)
                 }
                 answers |= query(question)(explicit)
+                factors = {**factors, **explicit}
                 lost.update(tape.disconnected)
+            if due and where.start == 0:
+                now = Due(turns, tuple(taped), state, head in self._kept_apart)
+                self._certificates.check(now, head, sources, part, seeds, output, factors)
             return answers
 
         try:
@@ -207,6 +220,8 @@ class Traced(Examined):
                     task = self._tuned(task, batch, chosen)[0]
             runs = task.load.runs(batch.size, task.room)
             answers = run(runs[0]) if len(runs) == 1 else question.joined(map(run, runs), runs)
+        except Uncertified:
+            return self.answers(head, sources, batch, chosen, memory_limit, question)
         except Failed as failed:
             if isinstance(failed.__cause__, LookupError) and (
                 last or without_gradient(self.program, head, sources) is not None
@@ -218,7 +233,7 @@ class Traced(Examined):
         if missing:
             warn_disconnected(self.program.called(head), [s.key for s in missing])
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
-        elif not taped and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
+        elif not (taped or due) and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
             self._alone[key] = self._job(task, chosen.signature, batch.size)
         return joined(outputs), {s.key: answers[s.key] for s in sources}
 
@@ -227,7 +242,8 @@ class Traced(Examined):
         return self._key(*asked) in self._alone
 
     def _key(self, head: str, sources: Any, batch: Batch, chosen: Seeds, *asked: Any) -> tuple:
-        return head, tuple(sources), batch.size, chosen.signature, asked
+        refused = len(self._uncertified)
+        return head, tuple(sources), batch.size, chosen.signature, asked, refused
 
     def _task(
         self,
@@ -243,6 +259,8 @@ class Traced(Examined):
         decisions = self.decisions(head, weights, chosen.count)
         others = [s for s in sources if s.kind != "weight"]
         taped = [d.source for d in decisions if d.path == "tape"]
+        taped += [s for s in others if s in self._uncertified]
+        others = [s for s in others if s not in self._uncertified]
         if self._why_tape(head):
             taped, others = list(sources), []
         task = _Task(
@@ -299,6 +317,7 @@ class Traced(Examined):
             Spent(None if taped else seconds, load.passing(longest, task.room)),
             measured,
             Spent(rates.call + dense / rates.fill, dense),
+            self._certificates.said(head),
         )
 
     def body(
@@ -328,11 +347,14 @@ class Traced(Examined):
             SlowPathWarning,
         )
 
-    def _sweep(self, task: _Task, batch: Batch, chosen: Seeds) -> tuple:
-        """Run the job, over blocks of rows where they cannot all be compiled into one."""
+    def _sweep(self, task: _Task, batch: Batch, chosen: Seeds, apart: bool = False) -> tuple:
+        """Run the job, over blocks of rows where they cannot all be compiled into one.
+
+        With `apart` it gives the factors, whatever is asked of them.
+        """
         blocks = self._blocks(chosen)
         question = task.question
-        together = self._is_asked_along(task, len(blocks))
+        together = not apart and self._is_asked_along(task, len(blocks))
         asked = task if together else dataclasses.replace(task, question=THEMSELVES)
         answers = []
         for block in blocks:
@@ -349,7 +371,7 @@ class Traced(Examined):
         result, found, fine = answers[0]
         if len(blocks) > 1:
             found = join_rows([factors for _, factors, _ in answers])
-        return result, found if together else query(question)(found), fine
+        return result, found if together or apart else query(question)(found), fine
 
     def _blocks(self, chosen: Seeds) -> list[Seeds]:
         """Return the rows as jobs take them."""

@@ -23,6 +23,7 @@ from perjac.errors import (
     SlowPathWarning,
     warn,
 )
+from perjac.fingerprint import Fingerprint
 from perjac.fixed import Fixed
 from perjac.losses import Objective
 from perjac.naming import Names
@@ -50,6 +51,8 @@ class Traces:
         As `Engine` takes it.
     autotune : bool
         As `Engine` takes it.
+    certify : str
+        As `Engine` takes it.
 
     Attributes
     ----------
@@ -67,21 +70,41 @@ class Traces:
         path: str,
         jit: bool | str,
         autotune: bool = False,
+        certify: str = "schedule",
     ):
         self._model, self._path, self._compiles = model, path, jit is not False
-        self._autotune = autotune
+        self._given, self._training = variables, training
+        self._autotune, self._certify = autotune, certify
         devices = [d.device_type for d in tf.config.list_physical_devices()]
         self._whole = compiles_whole(jit, devices)
-        self.weights = binding.weights_of(model, variables)
-        self.expected = inputs.declared(model)
-        self._callee = tracing.Callee(
-            binding.function_of(model, training), model if host.is_layer(model) else None
-        )
         self._made: dict[tuple, tuple[Traced, Names]] = {}
         self._compact = True
         # What is traced at one batch size alone: why, by signature; and the traces, by size too.
         self._sized: dict[tuple, tuple[str, ExamplesMeetError | None]] = {}
         self._of_one: dict[tuple, tuple[Fixed, Names]] = {}
+        self._fingerprint = Fingerprint(model)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Read the model as it is now."""
+        model, self._generation = self._model, self._fingerprint.generation
+        self.weights = binding.weights_of(model, self._given)
+        self.expected = inputs.declared(model)
+        self._callee = tracing.Callee(
+            binding.function_of(model, self._training),
+            model if host.is_layer(model) else None,
+            self._fingerprint.called,
+        )
+        for found in (self._made, self._sized, self._of_one):
+            found.clear()
+        self.__dict__.pop("floating", None)
+
+    def refresh(self) -> int:
+        """Forget every trace if the model has changed; return how often it has."""
+        if self._fingerprint.renew() != self._generation:
+            binding.loaded(self._model, None)  # refuses a model that has lost its weights
+            self._bind()
+        return self._generation
 
     @functools.cached_property
     def uncompacted(self) -> Traces:
@@ -99,6 +122,7 @@ class Traces:
 
     def prepare(self, x: Any) -> inputs.Batch:
         """Return the user's examples as a batch that fits the model."""
+        self.refresh()
         return inputs.prepare(x, self.expected, self.floating)
 
     def of(self, batch: inputs.Batch, objective: Objective | None = None) -> tuple[Traced, Names]:
@@ -176,7 +200,7 @@ class Traces:
             self.without_xla(why)
         traced = Traced(
             found.callee, program, batch.structure, self._path, self._compiles, self._whole,
-            self._autotune,
+            self._autotune, self._certify,
         )  # fmt: skip
         if found.slow:
             traced.refuse(program.heads[LOSS], found.slow)

@@ -120,15 +120,12 @@ class Factor:
     def vjp(self, u: tf.Tensor, per_example: bool = False) -> tf.Tensor:
         """Return Σ_bk u[b,k] J[b,k], of the weight's shape; (B, *W.shape) if `per_example`."""
         rows = self.rows()
-        flat = tf.reshape(rows, [*lead_of(rows), size(self.layout.target)])
         if per_example:
+            flat = tf.reshape(rows, [*lead_of(rows), size(self.layout.target)])
             pulled = tf.linalg.matvec(flat, u, transpose_a=True)
         else:
-            pulled = tf.linalg.matvec(
-                tf.reshape(flat, [-1, size(self.layout.target)]),
-                tf.reshape(u, [-1]),
-                transpose_a=True,
-            )
+            flat = tf.reshape(rows, [-1, size(self.layout.target)])
+            pulled = tf.matmul(tf.reshape(u, [1, -1]), flat)
         return self._back(pulled, per_example)
 
     def diagonal(self) -> tf.Tensor:
@@ -274,9 +271,11 @@ class Factor:
         return dataclasses.replace(self, **own)
 
     def _back(self, pulled: tf.Tensor, per_example: bool) -> tf.Tensor:
-        lead = 1 if per_example else 0
-        own = tf.reshape(pulled, tf.concat([tf.shape(pulled)[:lead], self.layout.target], 0))
-        return self.layout.invert(own, lead=lead)
+        target = self.layout.target
+        if not per_example:
+            return self.layout.invert(tf.reshape(pulled, target))
+        own = tf.reshape(pulled, tf.concat([tf.shape(pulled)[:1], target], 0))
+        return self.layout.invert(own, lead=1)
 
     def __tf_flatten__(self) -> tuple[tuple, tuple]:
         static, moving = _fields(type(self))

@@ -251,7 +251,9 @@ class Grouped(Factor):
 
 def weighted(delta: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
     """Return Σ_k u[b,k] δ[b,k,...], (B, ...): without a sum where there is one row."""
-    spread = tf.reshape(u, tf.concat([tf.shape(u), tf.ones([delta.shape.rank - 2], tf.int32)], 0))
-    if delta.shape[1] == 1:
-        return delta[:, 0] * spread[:, 0]
+    ones, count = [1] * (delta.shape.rank - 2), delta.shape[1]
+    if count == 1:
+        return tf.squeeze(delta, 1) * tf.reshape(u, [-1, *ones])
+    shape = [-1, count, *ones] if count else tf.concat([tf.shape(u), ones], 0)
+    spread = tf.reshape(u, shape)
     return tf.reduce_sum(delta * spread, 1)
