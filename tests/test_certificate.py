@@ -15,7 +15,7 @@ import perjac as pj
 from perjac import certificate, plan, pullback, reference, rounding, rules, seeds, trace
 from perjac.errors import CertificateError, CertificateWarning, PathError, SlowPathWarning
 from perjac.fingerprint import Fingerprint
-from perjac.independence import Order
+from perjac.provenance import Order
 from perjac.questions import Squares
 from perjac.tape import Tape
 

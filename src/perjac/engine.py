@@ -388,6 +388,13 @@ class Engine(Trust):
         batch = self._objectives.labelled(objective, x, asked["y"], None)
         return self._derived(batch, objective, LOSS, wrt, question)[1]
 
+    def sided(self) -> Engine:
+        """Return this engine, with factors that keep both sides even where rows are smaller."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.traces = self.traces.uncompacted
+        return other
+
     def _derived(
         self,
         batch: inputs.Batch,

@@ -367,9 +367,10 @@ class Rows(Mapping):
     def _directions(self, v: Any) -> dict[str, tf.Tensor]:
         sources = list(self._sources.values())
         if isinstance(v, Mapping):
+            found = [(self._find(key), key, value) for key, value in v.items()]
             named = {
-                self._find(key): given.direction(value, self._held, f"v[{key!r}]")
-                for key, value in v.items()
+                s: given.direction(value, complex_like(s.dtype, self._held), f"v[{key!r}]")
+                for s, key, value in found
             }
             if not named:
                 raise InputError("Expected v to have a direction for some source. Received: {}.")
@@ -379,7 +380,7 @@ class Rows(Mapping):
                         f"Expected v[{source.key!r}] of shape {source.shape}. "
                         f"Received: {tuple(value.shape)}."
                     )
-            return {source.key: self._direction(source, value) for source, value in named.items()}
+            return {source.key: value for source, value in named.items()}
         flat = given.direction(v, self._held, "v")
         if tuple(flat.shape) != (self.shape[-1],):
             raise InputError(

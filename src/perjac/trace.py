@@ -28,6 +28,7 @@ Taps = dict[str, list[tf.Tensor]]
 
 # Operands that count places along axes.
 _COUNTS = {"StridedSlice": (1, 2), "Slice": (1, 2), "Roll": (1,)}
+_FEW = 32  # examples that are noted
 _ENDLESS = 2**31 - 1  # stands for the end of an axis
 _LONGEST_COUNT = 100
 
@@ -116,6 +117,13 @@ class Program:
     _sizes: dict[int, dict[str, Dims | None]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _examples: list[tf.Tensor] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+
+    def offer(self, examples: Sequence[tf.Tensor]) -> None:
+        """Note examples that the model takes, for a model that takes no made-up ones."""
+        self._examples[:] = [t[:_FEW] for t in examples]
 
     @functools.cached_property
     def graph_def(self) -> Any:
@@ -355,7 +363,8 @@ class Program:
     def _measured(self, names: Sequence[str], batch: int) -> dict[str, Dims | None]:
         """The shapes that tensors have when the model runs on a batch of this size.
 
-        The data is different for each size, lest a shape that depends on it be taken for fixed.
+        On made-up data, or on the user's where the model does not take that. The data is different
+        for each size, lest a shape that depends on it be taken for fixed.
         """
         tensors = [self.graph.get_tensor_by_name(name) for name in names]
         held = [t for t in tensors if t.dtype not in (tf.resource, tf.variant)]
@@ -366,12 +375,19 @@ class Program:
             found = self.replay(inputs, {}, names)
             return [tf.shape(found[name]) for name in names]
 
-        try:
-            number = self.batches.index(batch)
-            shapes = run([_filled(spec, batch, number) for spec in self.specs])
-        except tf.errors.OpError:  # the model does not take such data
-            return {}
-        return {n: tuple(s.numpy().tolist()) for n, s in zip(names, shapes, strict=True)}
+        number = self.batches.index(batch)
+        tried = [[_filled(spec, batch, number) for spec in self.specs]]
+        given = (self.origin or self)._examples
+        if given and given[0].shape[0]:
+            which = (tf.range(batch) + number) % given[0].shape[0]
+            tried.append([tf.gather(t, which) for t in given])
+        for inputs in tried:
+            try:
+                shapes = [tuple(s.numpy().tolist()) for s in run(inputs)]
+            except tf.errors.OpError:  # the model does not take such data
+                continue
+            return dict(zip(names, shapes, strict=True))
+        return {}
 
     def _shapes(self, batch: int) -> dict[str, Dims | None]:
         """Every tensor's shape for a batch of this size, as far as inference can tell."""

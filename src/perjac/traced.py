@@ -163,8 +163,8 @@ class Traced(Examined):
         """
         key = self._key(head, sources, batch, chosen, memory_limit, question)
         turns = self._certificates.turns(head, key[1], chosen.signature, question, self._compact)
-        due = batch.size * chosen.count > 0 and host.runs_at_once() and turns.due()
-        due = due and not inside.is_rehearsing()
+        due = batch.size * chosen.count > 0 and host.runs_at_once()
+        due = due and not inside.is_rehearsing() and self._certificates.due(turns)
         if not due and (known := self._alone.get(key)) is not None:
             with contextlib.suppress(tf.errors.OpError):  # the long way knows what to do
                 output, answers, fine = self._jobs.run(known, batch, chosen)
@@ -194,7 +194,8 @@ class Traced(Examined):
                 output, factors, fine = self._sweep(task, part, seeds, apart=due)
             self._check_finite(head, batch, fine)
             outputs.append(output)
-            answers = query(question)(factors) if due and question != THEMSELVES else factors
+            apart = due and question != THEMSELVES and factors
+            answers = dict(query(question)(factors) if apart else factors)
             if taped:
                 tape = self._tape(head, taped, seeds.kind)
                 taking = tape if not host.is_watched() else _sealing(tape)
@@ -233,9 +234,18 @@ class Traced(Examined):
         if missing:
             warn_disconnected(self.program.called(head), [s.key for s in missing])
             answers |= question({s.key: nothing(s) for s in missing if s.key not in answers})
-        elif not (taped or due) and runs == [slice(0, batch.size)] and self._asks_one(task, chosen):
+        elif (
+            not taped
+            and not (due and question != THEMSELVES)  # then the factors were asked for first
+            and runs == [slice(0, batch.size)]
+            and self._asks_one(task, chosen)
+        ):
             self._alone[key] = self._job(task, chosen.signature, batch.size)
         return joined(outputs), {s.key: answers[s.key] for s in sources}
+
+    def uncertified(self) -> contextlib.AbstractContextManager[None]:
+        """Answer without certificates inside the block."""
+        return self._certificates.paused()
 
     def is_settled(self, *asked: Any) -> bool:
         """Tell whether one job has answered what `answers` is asked, and will again."""

@@ -173,6 +173,8 @@ class Traces:
                 traced, names = self._at_size(batch, objective, _FOLDED, meeting)
                 head = names.head(of)
                 traced.check_shapes(head)
+                if traced.provenance(head).unclear:
+                    raise meeting
             except Exception:  # TensorFlow raises whatever another size runs into
                 raise meeting from None
             self._sized[(batch.signature, objective and objective.key)] = _FOLDED, meeting
@@ -187,6 +189,8 @@ class Traces:
         try:
             with progress.doing("tracing the model"):
                 found = self._behind(objective, batch.specs, batch.structure)
+                if not inside.is_rehearsing():
+                    found.program.offer(batch.tensors)
                 if self._declared_size is not None:
                     _ = found.program.extents  # a number of examples in a reshape shows here
                 program = normalise(found.program)

@@ -150,7 +150,8 @@ class Trust:
         )
 
         def jacobian(part: Any, rows: list[int]) -> Any:
-            with warnings.catch_warnings():  # the report names what is zero
+            # The report names what is zero, and what a certificate would leave to the tape.
+            with warnings.catch_warnings(), traced.uncertified():
                 warnings.simplefilter("ignore", DisconnectedWarning)
                 return self.jacobian(part, of=of, outputs=rows)
 

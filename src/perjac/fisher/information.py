@@ -409,9 +409,7 @@ class Fisher:
 
     def _sided(self) -> Root:
         """Return what makes the rows, of factors that keep their sides a and δ."""
-        engine = copy.copy(self._root.engine)
-        engine.traces = engine.traces.uncompacted
-        return dataclasses.replace(self._root, engine=engine)
+        return dataclasses.replace(self._root, engine=self._root.engine.sided())
 
     def _held(self) -> list[Rows]:
         held: list[Rows] = []

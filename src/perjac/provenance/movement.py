@@ -299,7 +299,7 @@ def _strides(
 @rule("ReverseV2", index=(1,))
 def reverse(op: Any, outs: list[Owners], at: At) -> Found:
     """Backwards along axes."""
-    axes = np.atleast_1d(at.value(op.inputs[1])) % max(outs[0].rank, 1)
+    axes = tuple(int(n) % outs[0].rank for n in np.ravel(at.value(op.inputs[1])))
     return [outs[0].map(lambda a: np.flip(a, axes)), None]
 
 

@@ -75,7 +75,7 @@ class Owners:
     def same(self, other: Owners) -> bool:
         """Tell whether these are the same owners."""
         return self.unclear == other.unclear and all(
-            np.array_equal(*np.broadcast_arrays(a, b))
+            bool(np.equal(*np.broadcast_arrays(a, b)).all())
             for a, b in ((self.first, other.first), (self.last, other.last))
         )
 
