@@ -41,9 +41,9 @@ _EPSILON = {**precision.EPSILON, **dict.fromkeys(_FLOAT8, 2**-2)}
 _SLACK = 10
 # A difference up to so many times what float64 changes is taken for rounding.
 _NOISE = 10
-# After the first batch of a plan so many examples are looked at: a backward pass of 128 takes an
-# MLP longer than all else of a certificate.
-_FEW = 16
+# After the first batch of a plan so many examples are looked at: with 16, six certificates took a
+# CNN 11 % of a hundred gradients at B = 128; with 4, 2 %.
+_FEW = 4
 
 
 class Turns:
