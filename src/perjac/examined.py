@@ -47,9 +47,8 @@ class Examined:
     def __init__(self, callee: Callee, program: Program, structure: Any, path: str):
         self.program, self._callee, self._structure, self._path = program, callee, structure, path
         self._flow = sites.flow(program)
-        self._kept_apart: dict[
-            str, str
-        ] = {}  # heads whose examples stay apart, and how that is known
+        # Heads whose examples stay apart, and how that is known.
+        self._kept_apart: dict[str, str] = {}
         self._made: dict[tuple, Any] = {}
         self._refused: dict[str, str] = {}  # heads that all goes to the tape for, and why
         self._uncertified: dict[Source, str] = {}  # sources that go to the tape, and why
@@ -94,7 +93,7 @@ class Examined:
     def _analysed(self, head: str) -> provenance.Provenance:
         program = self.program
         needed = sites.upstream(program, [head])
-        places = [program.stand_in(s.operation).cotangent for s in self._flow.sites]
+        places = [program.place_of(s.operation) for s in self._flow.sites]
         taps = [t for calls in program.taps.values() for t in calls if t]
         watched = [*places, *taps]
         there = [t for t in watched if t.partition(":")[0] in needed]
@@ -149,13 +148,14 @@ class Examined:
 
     def independence(self, head: str) -> str:
         """Return how it is known that the examples behind an output stay apart, in a few words."""
-        known, found = self._kept_apart.get(head, ""), self.provenance(head)
+        found = self.provenance(head)
         if found.meeting is not None:
-            return "not checked: the graph shows that examples influence one another"
+            return "trusted, against what the graph says"
         if not found.unclear:
             return "proved from the graph"
-        way = {"probed": "probed on data", "not decided": "not decided by a probe on data"}
-        return f"{way.get(known, 'not proved')}, as the graph does not say: {found.unclear}"
+        ways = {"probed": "probed on data", "not decided": "not decided by a probe on data"}
+        way = ways.get(self._kept_apart.get(head, ""), "not proved, and not probed yet")
+        return f"{way}, as the graph does not tell: {found.unclear}"
 
     def decisions(self, head: str, weights: Sequence[Source], count: int) -> list[Decision]:
         """Return how each weight goes, for K = count rows.

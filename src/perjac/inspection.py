@@ -124,19 +124,28 @@ class Inspection:
         B and K, for which memory and work are given.
     plan : Plan
         How they are swept.
+    independence : str
+        How it is known that no example influences another.
     """
 
     rows: list[Row]
     batch_size: int
     outputs: int
     plan: Plan
+    independence: str
 
     @classmethod
     def of(
-        cls, decisions: Sequence[Decision], batch_size: int, outputs: int, plan: Plan
+        cls,
+        decisions: Sequence[Decision],
+        batch_size: int,
+        outputs: int,
+        plan: Plan,
+        independence: str,
     ) -> Inspection:
         """Return the table of a plan's decisions."""
-        return cls([_row(d, batch_size, outputs) for d in decisions], batch_size, outputs, plan)
+        rows = [_row(d, batch_size, outputs) for d in decisions]
+        return cls(rows, batch_size, outputs, plan, independence)
 
     @property
     def columns(self) -> list[str]:
@@ -169,7 +178,7 @@ class Inspection:
         return (
             f"{factored} of {len(self.rows)} weights factored. For {self.batch_size} examples × "
             f"{self.outputs} outputs: {readable(held)} held, {readable(dense)} if all rows are "
-            f"formed. {self.plan}"
+            f"formed. {self.plan} Examples do not influence one another: {self.independence}."
         )
 
     def __str__(self) -> str:

@@ -43,22 +43,6 @@ class Kinds:
 
 
 @dataclasses.dataclass(frozen=True)
-class StandIn:
-    """An operation that is not run, in place of one inside a loop or of a lowered one.
-
-    Attributes
-    ----------
-    cotangent : str
-        The tensor whose cotangent is the operation's.
-    ordered : str
-        A tensor in which the examples lie as they do in the operation's result.
-    """
-
-    cotangent: str
-    ordered: str
-
-
-@dataclasses.dataclass(frozen=True)
 class _Meeting:
     """An operation of the body at which weights meet the data.
 
@@ -114,7 +98,7 @@ class Loop:
         self._steps = most_steps(body, condition, self._outer)
         self._meetings, self._hidden = self._meet()
 
-    def open(self, batch: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, StandIn]]:
+    def open(self, batch: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, str]]:
         """Build the loop anew, with operations outside it that stand in for those inside.
 
         Parameters
@@ -126,8 +110,9 @@ class Loop:
         -------
         list of tf.Tensor
             The loop's results.
-        dict of str to StandIn
-            By the standing-in operation's name; empty where the number of steps is not known.
+        dict of str to str
+            By the standing-in operation's name, the tensor whose cotangent is that of the operation
+            inside; empty where the number of steps is not known.
         """
         steps = self._steps or 0
         zeros = {
@@ -135,10 +120,7 @@ class Loop:
             for r in dict.fromkeys(m.place for m in self._meetings)
         }
         lists = [_list_of(tf.reshape(z, [steps, batch, *z.shape[1:]])) for z in zeros.values()]
-        data = [m.data.values() for m in self._meetings]
-        asked = [self._needed(m) for m in self._meetings]
-        # One at least is kept: it shows how the examples lie.
-        kept = list(dict.fromkeys(r for rs in (asked if any(asked) else data) for r in rs))
+        kept = list(dict.fromkeys(r for m in self._meetings for r in self._needed(m)))
         arrays = [
             tf.TensorArray(_disguise(t), steps, element_shape=[None, *known(t.shape[1:])])
             for t in map(self._inside.__getitem__, kept)
@@ -189,13 +171,13 @@ class Loop:
 
     def _stand_in(
         self, meeting: _Meeting, laid_out: Mapping[str, tf.Tensor], zero: tf.Tensor
-    ) -> tuple[str, StandIn]:
+    ) -> tuple[str, str]:
         operands = [
             laid_out.get(r, zero) if n in meeting.data else self._outside[r]
             for n, r in enumerate(meeting.inputs)
         ]
         (result,) = alone(self._nodes[_node(meeting.result)], operands)
-        return result.op.name, StandIn(zero.name, next(iter(laid_out.values())).name)
+        return result.op.name, zero.name
 
     def _needed(self, meeting: _Meeting) -> list[str]:
         """Return the data that a rule can ask for: of sums none, where zeros stand in for it."""

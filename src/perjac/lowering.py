@@ -12,16 +12,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac.loops import StandIn
 from perjac.rebuild import Builder, alone
 from perjac.shapes import known
 
 CONVOLUTIONS = {"Conv2D", "Conv3D"}
 
 
-def lower(
-    build: Builder, node: Any, for_rules: bool
-) -> tuple[Sequence[tf.Tensor], dict[str, StandIn]]:
+def lower(build: Builder, node: Any, for_rules: bool) -> tuple[Sequence[tf.Tensor], dict[str, str]]:
     """Build a convolution from plain ones; return its result and what stands in for it.
 
     `for_rules` says that the weight meets the data at the operation itself and nowhere else.
@@ -58,7 +55,7 @@ def lower(
     if not for_rules:
         return [y], {}
     (site,) = alone(node, [x, kernel])
-    return [y], {site.op.name: StandIn(y.name, y.name)}
+    return [y], {site.op.name: y.name}
 
 
 def _is_depthwise(kernel: Any, groups: int, options: dict[str, list[int]]) -> bool:

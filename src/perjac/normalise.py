@@ -16,7 +16,7 @@ from perjac.batch_first import TURNED, elsewhere, turn
 from perjac.custom_gradients import is_custom
 from perjac.errors import SlowPathWarning, warn
 from perjac.flatten import CALLS, Flattener
-from perjac.loops import LOOPS, Kinds, Loop, StandIn
+from perjac.loops import LOOPS, Kinds, Loop
 from perjac.lowering import CONVOLUTIONS, lower
 from perjac.rebuild import Builder, Replacement
 from perjac.sites import kinds
@@ -73,7 +73,7 @@ def _built_anew(program: Program, for_rules: bool) -> Program:
 def _rebuilt(program: Program, for_rules: bool) -> Program:
     flat = Flattener(program.graph, program.graph_def)
     turning = _turning(program, flat) if for_rules else {}
-    stand_ins: dict[str, StandIn] = {}
+    stand_ins: dict[str, str] = {}
     taps: dict[str, list[str]] = {}
 
     @tf.function(autograph=False)

@@ -101,7 +101,7 @@ def decide(
 
 def _reaches(program: Program, operation: str, needed: set[str]) -> bool:
     """Tell whether the output depends on an operation, or on what it stands for."""
-    there = program.graph.get_tensor_by_name(program.stand_in(operation).cotangent)
+    there = program.graph.get_tensor_by_name(program.place_of(operation))
     return there.op.name in needed
 
 
@@ -201,7 +201,7 @@ def _bind(program: Program, site: Site, op: Any, batch: tf.Tensor, order: Order)
     traced = program.graph.get_operation_by_name(site.operation)
     if not traced.outputs[0].dtype.is_floating:
         raise rules.NoRule(f"its result is of type {traced.outputs[0].dtype.name}")
-    name, place = traced.outputs[0].name, program.stand_in(site.operation).cotangent
+    name, place = traced.outputs[0].name, program.place_of(site.operation)
     if name not in program.extents:
         raise rules.NoRule("its result has no batch axis in front, or an unknown one behind")
     if why := order.why(place):
@@ -307,7 +307,7 @@ class Job:
         values = {
             n: tf.convert_to_tensor(host.tf_variable(program.weights.variables[n])) for n in numbers
         }
-        places = [program.stand_in(s.operation).cotangent for s in self._sites]
+        places = [program.place_of(s.operation) for s in self._sites]
         operations = [s.operation for s in self._sites]
         ids = [one.ids for one in self._lookups]
         names = [self._head, *operations, *places, *self._route.names, *ids]
@@ -389,7 +389,7 @@ def targets_of(
     program: Program, decisions: Sequence[Decision], tensors: Iterable[str]
 ) -> tuple[str, ...]:
     """Return the tensors whose cotangents are wanted: these, and those at the weights' sites."""
-    places = [program.stand_in(site.operation).cotangent for site in sites_of(decisions)]
+    places = [program.place_of(site.operation) for site in sites_of(decisions)]
     return tuple(dict.fromkeys([*tensors, *places]))
 
 

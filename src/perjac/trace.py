@@ -19,7 +19,7 @@ from perjac.adjoints import quickened
 from perjac.errors import InputError, UnknownNameError, nearest
 from perjac.flatten import CALLS, is_for_xla
 from perjac.importing import import_graph
-from perjac.loops import LOOPS, StandIn
+from perjac.loops import LOOPS
 from perjac.shapes import Dims, Extent
 from perjac.sources import Activation, Weights
 from perjac.watching import watching_calls
@@ -98,8 +98,9 @@ class Program:
         Everything else that the trace closes over.
     weights : Weights
         The variables.
-    stand_ins : dict of str to StandIn
-        Operations that are not run but stand for others, by name.
+    stand_ins : dict of str to str
+        Operations that are not run but stand for others, and the tensors whose cotangents are
+        those of their results.
     origin : Program or None
         The trace that this one was built from anew.
     """
@@ -112,7 +113,7 @@ class Program:
     reads: dict[str, int]
     constants: dict[str, tf.Tensor]
     weights: Weights
-    stand_ins: dict[str, StandIn] = dataclasses.field(default_factory=dict)
+    stand_ins: dict[str, str] = dataclasses.field(default_factory=dict)
     origin: Program | None = None
     _sizes: dict[int, dict[str, Dims | None]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -247,12 +248,11 @@ class Program:
             host.carry_gradient(self.graph.get_operation_by_name(name), found[name])
         return {name: found[name] for name in names}
 
-    def stand_in(self, operation: str) -> StandIn:
-        """Return where an operation's cotangent is found, and how its examples lie."""
+    def place_of(self, operation: str) -> str:
+        """Return the tensor whose cotangent is that of an operation's result."""
         if operation in self.stand_ins:
             return self.stand_ins[operation]
-        result = self.graph.get_operation_by_name(operation).outputs[0].name
-        return StandIn(result, result)
+        return self.graph.get_operation_by_name(operation).outputs[0].name
 
     def counterpart(self, tensor: str, other: Program) -> str:
         """Return a head's or layer's tensor in another form of the same trace."""

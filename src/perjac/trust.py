@@ -88,7 +88,8 @@ class Trust:
         sources = names.sources("weights")
         chosen = seeds.make(None, None, batch_size, traced.row_shape(head), traced.dtype(head))
         plan = traced.plan(head, sources, batch, batch_size, chosen, self.memory_limit, measure)
-        return Inspection.of(traced.decisions(head, sources, count), batch_size, count, plan)
+        decisions = traced.decisions(head, sources, count)
+        return Inspection.of(decisions, batch_size, count, plan, traced.independence(head))
 
     def verify(self, x: Any, *, of: Any = None, rtol: float | None = None) -> Verification:
         """Compare with a plain loop over examples and outputs, in float64.

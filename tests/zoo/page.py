@@ -25,8 +25,13 @@ Written by the tests of the zoo (`make test`; `make zoo` runs the larger members
 hand. Each model's Jacobian with respect to every trainable weight is compared with the \
 oracle's, a loop of plain `tf.GradientTape` over examples and outputs. *Error* is the worst \
 weight's relative error, rounded up to a power of a hundred. *Factored* counts the weights that \
-take the factored path; the others take the tape path, for the reason given.
+take the factored path; the others take the tape path, for the reason given. *Independence* \
+says how it is known that no example influences another: proved from the graph, for every batch, \
+or probed on data where the graph does not tell.
 """
+
+
+COLUMNS = ("model", "type", "factored", "error", "rules", "on the tape", "independence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Line:
     error: float
     reasons: tuple[str, ...]
     rules: tuple[str, ...]
+    independence: str
 
     def __str__(self) -> str:
         cells = [
@@ -49,6 +55,7 @@ class Line:
             rounded(self.error),
             ", ".join(self.rules),
             "; ".join(self.reasons),
+            self.independence,
         ]
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -69,8 +76,8 @@ def update(found: Iterable[str]) -> None:
     text = HEAD
     for family, title in TITLES.items():
         mine = [lines[n] for n, e in ENTRIES.items() if e.family == family and n in lines]
-        text += f"\n## {title}\n\n| model | type | factored | error | rules | on the tape |\n"
-        text += "|---|---|---|---|---|---|\n" + "\n".join(mine) + "\n"
+        text += f"\n## {title}\n\n| {' | '.join(COLUMNS)} |\n"
+        text += "|---" * len(COLUMNS) + "|\n" + "\n".join(mine) + "\n"
     PAGE.write_text(text)
 
 
