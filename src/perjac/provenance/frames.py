@@ -173,6 +173,7 @@ def frame(program: Program, flow: Flow, ops: Sequence[Any], batch: int) -> Frame
         if outer.dtype not in _HANDLES and hasattr(outer, "numpy")
     }
     dims = dict(program.dims(batch))
+    dims |= {t.name: None for op in ops for t in op.outputs if t.dtype in _HANDLES}
     _lay_lists(ops, dims)
     _lay_loops(ops, dims)
     return Frame(
@@ -243,6 +244,9 @@ def _function(
     given = [t.name for t in operands]
     moved = [n for n in range(len(arguments)) if n not in staying]
     dims = {a: outer.dims.get(name) for a, name in zip(arguments, given, strict=True)}
+    for op in ops:  # a handle that is handed in does not say its variable's shape
+        if op.type == "ReadVariableOp" and op.outputs[0].shape.is_fully_defined():
+            dims[op.outputs[0].name] = tuple(op.outputs[0].shape.as_list())
     fixed = {
         a: functools.partial(outer.known, operands[n])
         for n, a in enumerate(arguments)
@@ -346,7 +350,7 @@ def _infer(
 
 _READS = {"TensorListGetItem", "TensorListPopBack"}
 _BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
-_STARTS = _READS | _BRANCHES | {"Placeholder", "While", "StatelessWhile"}
+_STARTS = _READS | _BRANCHES | {"Placeholder", "ReadVariableOp", "While", "StatelessWhile"}
 
 
 def _lay_lists(ops: Sequence[Any], dims: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from perjac.provenance.owners import Owners
-from perjac.provenance.registry import At, Found, Unclear, rule
+from perjac.provenance.registry import At, Found, rule
 
 
 @rule("TensorListFromTensor")
@@ -18,13 +18,10 @@ def list_of(op: Any, outs: list[Owners], at: At) -> Found:
     return [_sized(outs[0], rank).insert([0]), None]
 
 
-@rule("TensorListStack", "TensorListConcatV2")
+@rule("TensorListStack")
 def stacked(op: Any, outs: list[Owners], at: At) -> Found:
     """A list's elements in one tensor."""
-    own = outs[0]
-    if op.type == "TensorListConcatV2":
-        raise Unclear("lists of tensors laid end to end")
-    return [own.over_perhaps([0], _LISTS).drop([0]), *[None] * (len(op.inputs) - 1)]
+    return [outs[0].over_perhaps([0], _LISTS).drop([0]), *[None] * (len(op.inputs) - 1)]
 
 
 _LISTS = "the elements of a list are examples'"

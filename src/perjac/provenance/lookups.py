@@ -48,9 +48,11 @@ def gather_nd(op: Any, outs: list[Owners], at: At) -> Found:
     (own,) = outs
     table, ids = at.shape(op.inputs[0]), at.shape(op.inputs[1])
     lead, depth = len(ids) - 1, ids[-1]
-    indices = own.drop(range(lead, own.rank)).insert([lead])
-    flat = own.reshaped(at.shape(op.outputs[0]), (math.prod(ids[:-1]), *table[depth:]))
     columns = [_column(op.inputs[1], n, at) for n in range(depth)]
+    # What is looked up by known numbers is moved, which the table's own owners tell.
+    read = np.array([column is None for column in columns])
+    indices = own.drop(range(lead, own.rank)).insert([lead]).masked(read)
+    flat = own.reshaped(at.shape(op.outputs[0]), (math.prod(ids[:-1]), *table[depth:]))
     if all(column is None for column in columns):
         one = flat.over_perhaps([0], "GatherNd looks up entries by numbers in the data")
         return [one.drop([0]).insert(list(range(depth))), indices]

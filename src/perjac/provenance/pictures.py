@@ -11,11 +11,10 @@ from perjac.provenance.registry import At, Found, channels_first, rule
 _PICTURES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(
         ("Conv2D", "Conv3D", "Conv", "DepthwiseConv2dNative", "MaxPool", "MaxPoolV2", "MaxPool3D",
-         "AvgPool", "AvgPool3D", "FractionalMaxPool", "FractionalAvgPool", "Dilation2D", "LRN",
+         "AvgPool", "AvgPool3D", "Dilation2D", "LRN",
          "ResizeBilinear", "ResizeBicubic", "ResizeNearestNeighbor", "ResizeArea",
-         "ScaleAndTranslate", "ExtractImagePatches", "ExtractVolumePatches", "DepthToSpace",
-         "SpaceToDepth", "MaxPoolWithArgmax", "AdjustContrastv2", "AdjustHue", "AdjustSaturation",
-         "HSVToRGB", "RGBToHSV"), (0,),
+         "ExtractImagePatches", "ExtractVolumePatches", "DepthToSpace",
+         "SpaceToDepth", "MaxPoolWithArgmax", ), (0,),
     ),
     **dict.fromkeys(
         ("Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNativeBackpropInput"),
@@ -24,7 +23,6 @@ _PICTURES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("AvgPoolGrad", "AvgPool3DGrad"), (1,)),
     **dict.fromkeys(("ResizeBilinearGrad", "ResizeNearestNeighborGrad", "ResizeBicubicGrad"), (0,)),
     **dict.fromkeys(("MaxPoolGrad", "MaxPool3DGrad", "LRNGrad"), (0, 1, 2)),
-    "ImageProjectiveTransformV3": (0, 1), "ImageProjectiveTransformV2": (0, 1),
 }  # fmt: skip
 
 
@@ -49,19 +47,6 @@ def pictures(op: Any, outs: list[Owners], at: At) -> Found:
 def kernels(op: Any, outs: list[Owners], at: At) -> Found:
     """Summed over all pictures."""
     return [None if t.dtype.is_integer else outs[0].whole(len(at.shape(t))) for t in op.inputs]
-
-
-@rule("CropAndResize", index=(2,))
-def crop(op: Any, outs: list[Owners], at: At) -> Found:
-    """Boxes, each out of the picture whose number it has."""
-    rows = outs[0].over_perhaps(range(1, 4), "CropAndResize within what several examples share")
-    boxes = rows.drop([2, 3])
-    known = at.known(op.inputs[2])
-    if known is None:
-        picture = rows.over_perhaps([0], "CropAndResize takes pictures by numbers in the data")
-    else:
-        picture = rows.moved(0, known, at.shape(op.inputs[0])[0])
-    return [picture, boxes, boxes.drop([1]), None]
 
 
 @rule("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")

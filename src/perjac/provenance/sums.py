@@ -44,24 +44,19 @@ def running(op: Any, outs: list[Owners], at: At) -> Found:
     return [outs[0].over([axis]), None]
 
 
-@rule("Softmax", "LogSoftmax", "TopK", "TopKV2", "FFT", "IFFT", "RFFT", "IRFFT", "DenseBincount",
-      "RandomShuffle", "InTopKV2", "Multinomial", "StatelessMultinomial", "NthElement")  # fmt: skip
+@rule("Softmax", "LogSoftmax", "TopK", "TopKV2", "FFT", "IFFT", "RFFT", "IRFFT")
 def along_last(op: Any, outs: list[Owners], at: At) -> Found:
-    """Everything along the last axis meets; a shuffle's along the first."""
-    data = op.inputs[0]
-    rank = len(at.shape(data))
+    """Everything along the last axis meets."""
     own = outs[0]
     for other in outs[1:]:
         own = own | other
-    if op.type == "RandomShuffle":
-        return [own.over([0])]
-    if op.type == "NthElement":
-        return [own.insert([rank - 1]), None]
-    if op.type == "DenseBincount" and rank == 1:
-        return [own.whole(1), *[own.whole(len(at.shape(t))) for t in op.inputs[1:]]]
-    if op.type == "InTopKV2":
-        return [own.insert([1]), own, None]
-    return [own.over([rank - 1]), *[None] * (len(op.inputs) - 1)]
+    return [own.over([own.rank - 1]), *[None] * (len(op.inputs) - 1)]
+
+
+@rule("RandomShuffle")
+def shuffle(op: Any, outs: list[Owners], at: At) -> Found:
+    """Everything along the first axis meets."""
+    return [outs[0].over([0])]
 
 
 @rule("FFT2D", "IFFT2D", "RFFT2D", "IRFFT2D", "FFT3D", "IFFT3D", "RFFT3D", "IRFFT3D")
