@@ -180,7 +180,7 @@ def shared(r, shape):
 
 def gated(r, shape):
     gate = layers.Dense(shape[-1], activation="sigmoid")
-    return lambda x: x * gate(x)
+    return lambda x: x * ops.cast(gate(x), x.dtype)
 
 
 def einsum(r, shape):

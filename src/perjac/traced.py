@@ -211,7 +211,8 @@ class Traced(Examined):
                 factors = {**factors, **explicit}
                 lost.update(tape.disconnected)
             if due and where.start == 0:
-                now = Due(turns, tuple(taped), state, head in self._kept_apart)
+                apart = self._kept_apart.get(head)
+                now = Due(turns, tuple(taped), state, apart is not None, apart == "proved")
                 self._certificates.check(now, head, sources, part, seeds, output, factors)
             return answers
 
