@@ -24,6 +24,7 @@ from perjac.padding import within
 from perjac.reference import OtherShape, Reference, Unreachable, put_back, written
 from perjac.rounding import rounding
 from perjac.seeds import Seeds, weighted
+from perjac.shapes import known
 from perjac.sites import upstream
 from perjac.sources import Source
 from perjac.trace import Callee, Program
@@ -286,10 +287,10 @@ class Certificates:
             tf.add_n(parts) if s.kind == "weight" else tf.concat(parts, 0)
             for s, parts in zip(sources, zip(*alone, strict=True), strict=True)
         ]
-        off, scale = self._compared(head, sources, ours, right)
+        off, scale = self._compared(head, sources, ours, right, cotangent)
         if due.proved:
             for other in others:
-                noise, _ = self._compared(head, sources, other, right)
+                noise, _ = self._compared(head, sources, other, right, cotangent)
                 scale = np.maximum(scale, _NOISE * noise)
         still = {s for s, o, most in zip(sources, off, scale, strict=True) if not o <= most}
         if not still:
@@ -320,7 +321,7 @@ class Certificates:
         """Return an input with its last digits changed."""
         if not tensor.dtype.is_floating:
             return tensor
-        noise = self._rng.standard_normal((2, *tensor.shape))
+        noise = self._rng.standard_normal((2, *known(tensor.shape)))
         step = _EPSILON[tensor.dtype] * (np.asarray(tensor, "float64") * noise[0] + 0.1 * noise[1])
         return tensor + tf.cast(step, tensor.dtype)
 
@@ -358,7 +359,7 @@ class Certificates:
         with put_back(self._written or (), due.state) as once_more:
             cotangent = weighted(chosen.kind, chosen.payload, r, output)
             right = live(batch.tensors, cotangent, compiled)
-            off, scale = self._compared(head, sources, ours, right)
+            off, scale = self._compared(head, sources, ours, right, cotangent)
             suspect = [n for n in range(len(sources)) if not off[n] <= scale[n]]
             if suspect:
                 once_more()
@@ -368,7 +369,7 @@ class Certificates:
         if suspect and meeting:  # as the user trusts
             self._undecided[head] = "the output of an example depends on the rest of its batch"
             return {}
-        if suspect and np.any(np.greater(*self._compared(head, sources, again, right))):
+        if suspect and np.any(np.greater(*self._compared(head, sources, again, right, cotangent))):
             self._undecided[head] = "the model is random"
             return {}
         unknown = [n for n in suspect if not np.isfinite(scale[n])]
@@ -409,6 +410,7 @@ class Certificates:
         sources: Sequence[Source],
         found: Sequence[tf.Tensor],
         right: Sequence[tf.Tensor],
+        cotangent: tf.Tensor,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return for each source the norm of the difference, and the most that it may be."""
         wide = held_in([t.dtype for t in found])
@@ -419,8 +421,10 @@ class Certificates:
         off, norms = np.sqrt(2 * tf.raw_ops.Pack(values=squares).numpy().reshape(-1, 2)).T
         weights = np.array([s.kind == "weight" for s in sources])
         largest = norms[weights & np.isfinite(norms)].max(initial=0)
+        if not weights.any():  # what goes back from the output is of the size of what goes in there
+            largest = float(tf.norm(cotangent))
         slack = _SLACK * max(map(_EPSILON.__getitem__, self._computed_in(head))) * largest
-        return off, self._allowed(head) * norms + np.where(weights, slack, 0)
+        return off, self._allowed(head) * norms + slack
 
     def _allowed(self, head: str) -> float:
         return max(_ALLOWED[t] for t in self._computed_in(head))
