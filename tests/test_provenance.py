@@ -162,6 +162,7 @@ APART = {
                                                                                  x.dtype), 1,
                                "SAME"), x,
     ),
+    "a custom gradient": lambda x: tf.nn.silu(x) + tf.reduce_sum(tf.nn.silu(2 * x), 1, True),
     "masked by a table": lambda x: x * tf.constant([0.0, 1.0, 1.0, 0.0, 1.0, 1.0], x.dtype),
     "one of two by a table": lambda x: tf.where([True, False, True, False, True, False], x, 2 * x),
 }  # fmt: skip
@@ -230,6 +231,8 @@ MEET = {
         x=tf.cast(x[..., None], tf.float32), scale=[1.0], offset=[0.0], mean=[0.0], variance=[1.0],
         is_training=True,
     ).y,
+    "a custom gradient that counts examples": lambda x: _averaging(x),
+    "a custom gradient of the whole batch": lambda x: _mixing(x),
     "gradient of the whole batch": lambda x: _gradient_of_all(x),
     "norm of the batch": lambda x: x * tf.nn.l2_loss(x),
     "shuffled": lambda x: tf.random.shuffle(x),
@@ -239,6 +242,9 @@ MEET = {
     "gradient by a bias": lambda x: x * tf.reduce_sum(
         _gradient(lambda b: tf.sin(tf.nn.bias_add(x, b)), tf.constant(rng.normal(size=6)))
     ),
+    "divided by the number of examples in a loop": lambda x: tf.while_loop(
+        lambda n, y: n < 3, lambda n, y: (n + 1, y / tf.cast(batch(y), y.dtype)), (0, x)
+    )[1],
     "in a loop": lambda x: tf.while_loop(
         lambda n, y: n < 3, lambda n, y: (n + 1, y - tf.reduce_mean(y, 0)), (0, x)
     )[1],
@@ -268,6 +274,16 @@ def _gradient_of_all(x):
         tape.watch(x)
         energy = tf.reduce_sum(tf.reduce_mean(x, 0) ** 2)
     return tape.gradient(energy, x)
+
+
+@tf.custom_gradient
+def _averaging(x):
+    return tf.sin(x), lambda dy: dy / tf.cast(batch(x), x.dtype)
+
+
+@tf.custom_gradient
+def _mixing(x):
+    return tf.sin(x), lambda dy: dy - tf.reduce_mean(dy, 0)
 
 
 def _gradient(function, x):

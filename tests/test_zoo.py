@@ -65,6 +65,8 @@ PROBED = {
     "categoryencoding count": "the same",
     "integerlookup tf_idf": "the same",
     "hashedcrossing into embedding": "no provenance rule for sparse tensors",
+    "recompute_grad": "a gradient by variables cannot be copied, nor looked into",
+    "rematerialised": "the same",
 }
 # Examples meet in it: in a branch that the whole batch decides about.
 REFUSED = "cond on the batch"

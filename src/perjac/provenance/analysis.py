@@ -105,8 +105,8 @@ class _Analysis:
         rank = len(dims) if dims is not None else 1
         if not dims or dims[0] != batch:
             why = f"the output has shape {dims} for {batch} examples"
-            return owners_behind(here, {self._head: Owners.nobody(rank, why)})
-        return owners_behind(here, {self._head: Owners.rows(batch, rank)})
+            return settled(here, {self._head: Owners.nobody(rank, why)})
+        return settled(here, {self._head: Owners.rows(batch, rank)})
 
     def result(self, watched: Iterable[str]) -> Provenance:
         order = self._order(dict.fromkeys(watched))
@@ -121,11 +121,10 @@ class _Analysis:
                 if not _is_own(own, batch):
                     return Provenance(order, self._meeting())
                 unclear = unclear or own.unclear
-        if not unclear:
-            odd = self._counted_in()
-            if odd is not None:
-                return Provenance(order, odd)
-        return Provenance(order, None, unclear)
+        if unclear:
+            return Provenance(order, None, unclear)
+        few, more = self._frames
+        return Provenance(order, *_counted_in(few, more, self._program.batches))
 
     def _order(self, watched: Iterable[str]) -> Order:
         inner, astray = set(), set()
@@ -177,8 +176,11 @@ class _Analysis:
         own, dims = found[tensor.name], here.dims.get(tensor.name)
         if dims is None or None in dims:
             return False
-        place = np.unravel_index(int(np.argmax(np.broadcast_to(own.first < own.last, dims))), dims)
-        behind = owners_behind(here, {tensor.name: Owners.entry(dims, place)})  # type: ignore[arg-type]
+        shared = np.broadcast_to(own.first < own.last, dims)
+        place = tuple(int(n) for n in np.unravel_index(int(np.argmax(shared)), dims))
+        behind = owners_behind(
+            dataclasses.replace(here, found={}), {tensor.name: Owners.entry(dims, place)}
+        )
         for name in self._program.inputs:
             rows = behind.get(name)
             if rows is not None and rows.varies(0) is False and not rows.is_nobody:
@@ -189,19 +191,33 @@ class _Analysis:
                     return True
         return False
 
-    def _counted_in(self) -> tuple[str, str] | None:
-        """Return a tensor that brings the number of examples, or their places, into the output."""
-        a, _ = self._frames
-        for tensor, op in a.counting:
-            parts = [
-                _by_owner(found.get(tensor.name), here.known(tensor), batch)
-                for (here, batch), found in zip(self._pairs, self._found, strict=True)
-            ]
-            if None in parts or not parts[0] and not parts[1]:
+
+def _counted_in(
+    few: Frame, more: Frame, batches: tuple[int, int]
+) -> tuple[tuple[str, str] | None, str]:
+    """Return what brings the number of examples, or their places, into an output; or why unclear.
+
+    What is made of shapes and computed with must hold the same for every example, in batches of
+    both sizes.
+    """
+    for tensor, op in few.counting:
+        parts: list[np.ndarray] = []
+        for here, batch in zip((few, more), batches, strict=True):
+            own = here.found.get(tensor.name)
+            if own is None or (own.is_nobody and not own.unclear):
                 continue
-            if any(not _same(parts[0][0], part) for each in parts for part in each):  # type: ignore[index]
-                return op.outputs[0].name, op.type
-        return None
+            value = here.known(tensor)
+            if value is None or own.unclear:
+                return None, own.unclear or f"{tensor.name} depends on the number of examples"
+            parts += _by_owner(own, value, batch)
+        if any(not _same(parts[0], part) for part in parts):
+            return (op.outputs[0].name, op.type), ""
+    for name, inside in few.inner.items():
+        for pair in zip(inside, more.inner[name], strict=True):
+            meeting, unclear = _counted_in(*pair, batches)
+            if meeting or unclear:
+                return meeting, unclear
+    return None, ""
 
 
 def _is_own(own: Owners, batch: int) -> bool:
@@ -229,13 +245,8 @@ def _way(own: Owners | None, dims: Any, batch: int) -> set[str] | None:
     return {way for way, owner in ways.items() if fits(owner)}
 
 
-def _by_owner(own: Owners | None, value: np.ndarray | None, batch: int) -> list[np.ndarray] | None:
-    """Return the values that each example gets, and those that all get, of what has no data in it.
-
-    None where that cannot be told.
-    """
-    if own is None or value is None or own.unclear or own.is_nobody:
-        return []
+def _by_owner(own: Owners, value: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Return the entries that each example owns."""
     first, last = (np.broadcast_to(side, value.shape) for side in (own.first, own.last))
     return [value[(first <= b) & (b <= last)] for b in range(batch)]
 
@@ -245,8 +256,8 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def owners_behind(here: Frame, seeds: Mapping[str, Owners]) -> dict[str, Owners]:
-    """Return the owners of all that the seeds are computed from, by tensor."""
-    owners = dict(seeds)
+    """Return the owners of all that the seeds are computed from, by tensor, and note them down."""
+    owners = here.found = dict(seeds)
     for op in reversed(here.ops):
         if not any(t.name in owners for t in op.outputs):
             continue
@@ -273,8 +284,6 @@ def _behind(op: Any, outs: list[Owners], here: Frame) -> Found:
             raise Unclear(f"what {op.type} calls cannot be looked into")
         if op.type in CALLS:
             found = _FLOW[op.type](op, outs, here)
-        elif op.type == "IdentityN" and goes_its_own_way(op):
-            found = _custom(op, outs, here)
         elif op.type in RULES:
             found = RULES[op.type](op, outs, here)
         else:
@@ -336,7 +345,7 @@ def _loop(op: Any, outs: list[Owners], here: Frame) -> Found:
         seeds: dict[str, Owners] = {}
         for result, own in zip(body.results, owners, strict=True):
             seeds[result] = own if result not in seeds else seeds[result] | own
-        found = owners_behind(body, seeds)
+        found = settled(body, seeds)
         for n, (tensor, argument) in enumerate(zip(op.inputs, body.arguments, strict=True)):
             if argument in found:
                 owners[n] = _united(tensor, owners[n], found[argument])
@@ -378,32 +387,70 @@ def _called(inside: Frame, outs: Sequence[Owners], operands: Sequence[Any]) -> F
     seeds: dict[str, Owners] = {}
     for result, own in zip(inside.results, outs, strict=True):
         seeds[result] = own if result not in seeds else seeds[result] | own
-    found = owners_behind(inside, seeds)
+    found = settled(inside, seeds)
     return [found.get(argument) for argument, _ in zip(inside.arguments, operands, strict=True)]
 
 
-def _custom(op: Any, outs: list[Owners], here: Frame) -> Found:
-    """Return the owners of what a custom gradient takes: of the values, and of the gradients.
+def _in_gradients(here: Frame, found: Mapping[str, Owners]) -> dict[str, Owners]:
+    """Return the owners that tensors have because custom gradients take them.
 
-    An example's gradient must be made of its own cotangent and of its own data.
+    The gradient by an example's entries must be made of that example's cotangent; where it is not,
+    these entries belong to all whose cotangents it is made of.
     """
+    more: dict[str, Owners] = {}
+    for op in here.ops:
+        if op.type != "IdentityN" or not goes_its_own_way(op):
+            continue
+        if not any(t.name in found for t in op.outputs):
+            continue
+        for tensor, own in _in_gradient(op, here, found):
+            before = more.get(tensor.name)
+            more[tensor.name] = own if before is None else _united(tensor, before, own)
+    return more
+
+
+def _in_gradient(op: Any, here: Frame, found: Mapping[str, Owners]) -> list[tuple[Any, Owners]]:
     if not is_carried(op):
-        raise Unclear("a custom gradient that cannot be looked into")
+        why = "a custom gradient that cannot be looked into"
+        return [(t, Owners.nobody(here.rank(t), why)) for t in op.inputs]
     inside, cotangents, carried = gradient_frame(op, here)
-    outs = outs[: len(cotangents)]
+    own = [found.get(t.name, Owners.nobody(here.rank(t))) for t in op.inputs]
     seeds: dict[str, Owners] = {}
-    for result, own in zip(inside.results, outs, strict=True):
+    for result, mine in zip(inside.results, own, strict=False):
         if result:
-            seeds[result] = own if result not in seeds else seeds[result] | own
-    found = owners_behind(inside, seeds)
-    for name, own in zip(cotangents, outs, strict=True):
-        used = found.get(name)
-        if used is not None and (used.unclear or not (used | own).same(own)):
-            whole = [own.whole(0) for own in outs]
-            one = functools.reduce(lambda a, b: a | b, whole)
-            one = dataclasses.replace(one, unclear=used.unclear)
-            return [one.whole(here.rank(t)) for t in op.inputs]
-    return [*outs, *(found.get(name) for name in carried)]
+            seeds[result] = mine if result not in seeds else seeds[result] | mine
+    behind = settled(inside, seeds)
+    more = [
+        (t, behind[name])
+        for t, name in zip(op.inputs[len(cotangents) :], carried, strict=True)
+        if name in behind
+    ]
+    counts = any(not behind[t.name].is_nobody for t, _ in inside.counting if t.name in behind)
+    for tensor, name in zip(op.outputs, cotangents, strict=False):
+        used, given = behind.get(name), found.get(tensor.name)
+        if used is None or (used.is_nobody and not used.unclear):
+            continue
+        given = Owners.nobody(used.rank) if given is None else given
+        if used.unclear:
+            whole = Owners.nobody(0, used.unclear)
+        elif counts or not (used | given).same(given):
+            whole = (used | given).whole(0)
+        else:
+            continue
+        more += [(t, whole.whole(here.rank(t))) for t in op.inputs[: len(cotangents)]]
+    return more
+
+
+def settled(here: Frame, seeds: Mapping[str, Owners]) -> dict[str, Owners]:
+    """Return `owners_behind`, with what custom gradients take."""
+    more: dict[str, Owners] = {}
+    for _ in range(_ITERATIONS):
+        found = owners_behind(here, {**seeds, **more})
+        again = _in_gradients(here, found)
+        if again.keys() == more.keys() and all(again[name].same(more[name]) for name in more):
+            return found
+        more = again
+    raise Unclear("the owners of what custom gradients take keep changing")
 
 
 _FLOW = {

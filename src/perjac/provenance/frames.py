@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from perjac import host
 from perjac.custom_gradients import gradient_of
-from perjac.provenance.owners import Dims
+from perjac.provenance.owners import Dims, Owners
 from perjac.provenance.registry import INDICES, Unclear
 from perjac.sites import Flow
 from perjac.trace import Program, import_program
@@ -52,6 +52,8 @@ class Frame:
         Tensors that depend on the data or on the batch's size; and those on the data itself.
     fixed : dict of str to callable
         What gives the value of a placeholder that is always the same.
+    found : dict of str to Owners
+        The owners that were worked out last.
     """
 
     graph: Any
@@ -62,6 +64,7 @@ class Frame:
     depends: set[str]
     valued: set[str]
     fixed: Mapping[str, Any]
+    found: dict[str, Owners] = dataclasses.field(default_factory=dict)
     _values: dict[str, np.ndarray | None] = dataclasses.field(default_factory=dict)
 
     def shape(self, tensor: Any) -> Dims:
@@ -339,8 +342,11 @@ def _infer(
                     feed[t.name] = tf.compat.v1.placeholder(t.dtype, shape)
         names = list(dict.fromkeys(t.name for op in ops for t in op.outputs))
         names = [name for name in names if name not in feed]
+        definition = graph.as_graph_def()
+        for node in definition.node:  # shapes do not depend on what has to run before
+            node.input[:] = [reference for reference in node.input if not reference.startswith("^")]
         try:
-            found = import_program(graph.as_graph_def(), feed, names)
+            found = import_program(definition, feed, names)
         except ValueError:  # of shapes that do not fit, as in a branch that is not taken
             return
         for name, tensor in found.items():
