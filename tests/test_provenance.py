@@ -263,6 +263,7 @@ UNCLEAR = {
         lambda y: (tf.where(tf.abs(y) > 0.1, y / 2, y),),
         (x,),
     )[0],
+    "counted beyond a hundred": lambda x: x + tf.reduce_sum(x[150:], 0),
     "an operation without a rule": lambda x: (
         x + tf.cast(tf.reshape(tf.unique(tf.reshape(tf.sign(x), [-1])).idx, tf.shape(x)), x.dtype)
     ),
@@ -341,6 +342,11 @@ def test_what_the_graph_does_not_tell_is_said_to_be_unclear(name):
     found = analysis(UNCLEAR[name], X).result([])
     assert found.meeting is None
     assert found.unclear
+
+
+def test_where_the_graph_counts_too_far_no_order_is_known():
+    found = analysis(UNCLEAR["counted beyond a hundred"], X).result(["some tensor"])
+    assert "150" in found.order.why("some tensor")
 
 
 @pytest.mark.parametrize("name", [*CASES, *MEET])

@@ -109,9 +109,10 @@ class _Analysis:
         return settled(here, {self._head: Owners.rows(batch, rank)})
 
     def result(self, watched: Iterable[str]) -> Provenance:
-        order = self._order(dict.fromkeys(watched))
         if self._program.counted > self._program.batches[0]:
-            return Provenance(order, None, "the graph counts examples one by one")
+            why = f"the graph counts places up to {self._program.counted} along an unknown axis"
+            return Provenance(Order(astray=frozenset((name, why) for name in watched)), None, why)
+        order = self._order(dict.fromkeys(watched))
         inputs, unclear = self._program.inputs, ""
         for (_, batch), found in zip(self._pairs, self._found, strict=True):
             for name in inputs:
