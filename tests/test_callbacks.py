@@ -68,7 +68,7 @@ def by_hand(model, x, y):
     rows = []
     for n in range(len(x)):
         with tf.GradientTape() as tape:
-            value = LOSS(y[n : n + 1], model(x[n : n + 1], training=False))
+            value = LOSS(y[n : n + 1], model(x[n : n + 1], training=False)) + sum(model.losses)
         rows.append(tape.gradient(value, model.trainable_variables))
     found = {}
     for number, variable in enumerate(model.trainable_variables):

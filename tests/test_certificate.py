@@ -259,6 +259,30 @@ def test_examples_that_meet_as_the_user_trusts_are_not_decided():
     assert "rest of its batch" in traced._certificates.said("Identity:0")
 
 
+class Clipped(L.Layer):
+    """What goes back is bent: a sum of rows is no gradient of the model's."""
+
+    def call(self, x):
+        return tf.custom_gradient(lambda z: (tf.identity(z), tf.tanh))(x)
+
+
+def clipped():
+    return keras.Sequential([keras.Input((5,)), L.Dense(7, "tanh"), Clipped(), L.Dense(3)])
+
+
+def test_where_the_way_back_is_not_linear_single_rows_are_compared():
+    model, x = clipped(), data(6, 5)
+    rows = pj.Engine(model).jacobian(x)
+    right = oracle.weight_rows(model, x, model.trainable_variables)
+    oracle.assert_agree([rows[v] for v in model.trainable_variables], right, "float32")
+
+
+def test_wrong_rows_are_found_where_the_way_back_is_not_linear(monkeypatch):
+    wrong_rule(monkeypatch)
+    with pytest.warns(CertificateWarning, match="kernel"):
+        pj.Engine(clipped()).jacobian(data(6, 5))
+
+
 def test_always_certifies_the_tape_as_well(monkeypatch):
     right = Tape.__call__
     monkeypatch.setattr(Tape, "__call__", lambda *given: [2 * rows for rows in right(*given)])

@@ -560,7 +560,8 @@ class Counting(layers.Layer):
 def test_the_model_is_not_traced_again_for_shapes_it_has_seen(loss):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), Counting(), layers.Dense(2)])
     model.compile(loss=lambda y, output: tf.abs(y - output))
-    made, x, y = pj.Engine(model), random(4, 4).astype("float32"), random(4, 2)
+    made = pj.Engine(model, certify="never")  # which calls the model itself
+    x, y = random(4, 4).astype("float32"), random(4, 2)
     for batch in (4, 3):
         made.gradients(x[:batch], y[:batch], loss=loss).norms()
     before = Counting.calls

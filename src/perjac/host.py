@@ -378,7 +378,8 @@ def function_graph(graph: Any, name: str) -> Any:
     found = graph._get_function(name)
     if hasattr(found, "graph"):
         return found.graph
-    return function_def_to_graph.function_def_to_graph(found.definition)
+    with graph.as_default():  # where the functions that it calls itself are found
+        return function_def_to_graph.function_def_to_graph(found.definition)
 
 
 def tf_variable(variable: Any) -> tf.Variable:

@@ -189,7 +189,7 @@ class Traces:
         try:
             with progress.doing("tracing the model"):
                 found = self._behind(objective, batch.specs, batch.structure)
-                if not inside.is_rehearsing():
+                if not inside.is_rehearsing() and all(map(host.is_eager, batch.tensors)):
                     found.program.offer(batch.tensors)
                 if self._declared_size is not None:
                     _ = found.program.extents  # a number of examples in a reshape shows here

@@ -94,6 +94,7 @@ class _Analysis:
         needed = upstream(program, [head])
         self._ops = [op for op in program.graph.get_operations() if op.name in needed]
         self._frames = [frame(program, flow, self._ops, batch) for batch in program.batches]
+        _free_of_the_count(*self._frames)
         self._found = [self._owners(here, batch) for here, batch in self._pairs]
 
     @property
@@ -191,6 +192,23 @@ class _Analysis:
                 if used.sum() > 1:
                     return True
         return False
+
+
+def _free_of_the_count(few: Frame, more: Frame) -> None:
+    """Note what loops are given that is made of shapes, and the same in batches of both sizes.
+
+    A sequence's length, read from the shape of a tensor that has the examples along another axis.
+    """
+    for op in few.ops:
+        for t in op.inputs if op.type in _LOOPS else ():
+            if t.name in few.depends and t.name in few.knowable & more.knowable:
+                one, other = few.known(t), more.known(t)
+                if one is not None and other is not None and _same(one, other):
+                    few.depends.discard(t.name)
+                    more.depends.discard(t.name)
+    for name, inside in few.inner.items():
+        for pair in zip(inside, more.inner[name], strict=True):
+            _free_of_the_count(*pair)
 
 
 def _counted_in(
@@ -454,8 +472,9 @@ def settled(here: Frame, seeds: Mapping[str, Owners]) -> dict[str, Owners]:
     raise Unclear("the owners of what custom gradients take keep changing")
 
 
+_LOOPS = ("While", "StatelessWhile")
 _FLOW = {
-    **dict.fromkeys(("While", "StatelessWhile"), _loop),
+    **dict.fromkeys(_LOOPS, _loop),
     **dict.fromkeys(("If", "StatelessIf", "Case", "StatelessCase"), _branches),
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), _call),
 }

@@ -180,7 +180,14 @@ def frame(program: Program, flow: Flow, ops: Sequence[Any], batch: int) -> Frame
     _lay_lists(ops, dims)
     _lay_loops(ops, dims)
     return Frame(
-        program.graph, list(ops), list(program.inputs), [], dims, flow.data, flow.values, fixed
+        program.graph,
+        list(ops),
+        list(program.inputs),
+        [],
+        dims,
+        set(flow.data),
+        flow.values,
+        fixed,
     )
 
 
@@ -247,9 +254,6 @@ def _function(
     given = [t.name for t in operands]
     moved = [n for n in range(len(arguments)) if n not in staying]
     dims = {a: outer.dims.get(name) for a, name in zip(arguments, given, strict=True)}
-    for op in ops:  # a handle that is handed in does not say its variable's shape
-        if op.type == "ReadVariableOp" and op.outputs[0].shape.is_fully_defined():
-            dims[op.outputs[0].name] = tuple(op.outputs[0].shape.as_list())
     fixed = {
         a: functools.partial(outer.known, operands[n])
         for n, a in enumerate(arguments)
@@ -316,6 +320,9 @@ def _inferred(
     What is read from a list has the shape that was put in, which TensorFlow forgets.
     """
     found = dict(dims)
+    for op in ops:  # a handle that is handed in does not say its variable's shape
+        if op.type == "ReadVariableOp" and op.outputs[0].shape.is_fully_defined():
+            found[op.outputs[0].name] = tuple(op.outputs[0].shape.as_list())
     for _ in range(3):  # what is put into one list may be read from another
         _lay_lists(ops, found)
         known = dict(found)

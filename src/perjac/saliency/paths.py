@@ -240,7 +240,7 @@ def expected_gradients(
     count = settle("expected_gradients", convention, samples=samples)["samples"]
     explained = Explained(engine, x, target, wrt, of)
     rows = _rows(background, explained)
-    drawn, alphas = _draws(seed, count, len(rows[0]))
+    drawn, alphas = _draws(seed, count, rows[0].shape[0])
     moments = Moments(explained.size)
     for numbers in explained.chunks(explained.size * count):
         owners, s = np.divmod(numbers, count)
@@ -259,7 +259,7 @@ def expected_gradients(
         values,
         delta=delta,
         standard_error=moments.standard_errors(),
-        facts={"samples": count, "seed": seed, "background": len(rows[0])},
+        facts={"samples": count, "seed": seed, "background": rows[0].shape[0]},
     )
 
 
@@ -279,8 +279,9 @@ def _rows(background: Any, explained: Explained) -> list[tf.Tensor]:
                 f"{name!r}. Received: {tuple(array.shape)}."
             )
         rows.append(array)
-    if len({len(r) for r in rows}) != 1:
-        raise InputError(f"Expected backgrounds of one length. Received: {[len(r) for r in rows]}.")
+    lengths = [row.shape[0] for row in rows]
+    if len(set(lengths)) != 1:
+        raise InputError(f"Expected backgrounds of one length. Received: {lengths}.")
     return rows
 
 
