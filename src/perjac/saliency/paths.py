@@ -18,6 +18,7 @@ from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.saliency.quadrature import quadrature
 from perjac.saliency.running import Moments, Sums, beside
+from perjac.shapes import known
 
 # Steps after which a path is not refined any further.
 _MOST_STEPS = 4096
@@ -240,7 +241,8 @@ def expected_gradients(
     count = settle("expected_gradients", convention, samples=samples)["samples"]
     explained = Explained(engine, x, target, wrt, of)
     rows = _rows(background, explained)
-    drawn, alphas = _draws(seed, count, rows[0].shape[0])
+    there = known(rows[0].shape)[0]
+    drawn, alphas = _draws(seed, count, there)
     moments = Moments(explained.size)
     for numbers in explained.chunks(explained.size * count):
         owners, s = np.divmod(numbers, count)
@@ -259,7 +261,7 @@ def expected_gradients(
         values,
         delta=delta,
         standard_error=moments.standard_errors(),
-        facts={"samples": count, "seed": seed, "background": rows[0].shape[0]},
+        facts={"samples": count, "seed": seed, "background": there},
     )
 
 
