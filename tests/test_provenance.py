@@ -37,6 +37,10 @@ def front(x, order):
 
 # What is computed, of which shape of example. Every entry of the result is row b's of its own.
 APART = {
+    "a step for each position": lambda x: _steps(x, tf.shape(front(x, [1, 0, 2]))[0]),
+    "a mask of positions": lambda x: x * tf.cast(tf.range(tf.shape(x)[2]) < 2, x.dtype),
+    "the larger of it and zeros": lambda x: tf.maximum(x, tf.zeros([batch(x), 1, 1], x.dtype)),
+    "the larger of two made up": lambda x: x + tf.maximum(tf.ones([batch(x), 1, 6], x.dtype), 0.5),
     "reshape": lambda x: tf.reshape(x, [-1, 3, 8]),
     "fold and unfold": lambda x: tf.reshape(tf.reshape(x, [-1, 6]) * 2.0, [-1, 4, 6]),
     "transpose": lambda x: tf.transpose(tf.transpose(x, [1, 0, 2]) * 2.0, [1, 2, 0]),
@@ -264,10 +268,22 @@ UNCLEAR = {
         (x,),
     )[0],
     "counted beyond a hundred": lambda x: x + tf.reduce_sum(x[150:], 0),
+    # These are alike in large batches, and not in small ones.
+    "as many steps as examples, up to 3": lambda x: _steps(x, tf.minimum(batch(x), 3)),
+    "as many steps as three rows have": lambda x: _steps(x, tf.shape(x[:3])[0]),
+    "times the number of examples, up to 3": lambda x: (
+        x * tf.cast(tf.minimum(batch(x), 3), x.dtype)
+    ),
+    "a branch by the number of examples": lambda x: tf.cond(batch(x) > 2, lambda: x, lambda: 2 * x),
+    "chosen by the number of examples": lambda x: tf.where(batch(x) > 2, x, 2 * x),
     "an operation without a rule": lambda x: (
         x + tf.cast(tf.reshape(tf.unique(tf.reshape(tf.sign(x), [-1])).idx, tf.shape(x)), x.dtype)
     ),
 }
+
+
+def _steps(x, count):
+    return tf.while_loop(lambda n, y: n < count, lambda n, y: (n + 1, tf.sin(y)), (0, x))[1]
 
 
 def _gradient_of_all(x):

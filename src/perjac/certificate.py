@@ -103,6 +103,47 @@ class Due:
     proved: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of a call, and what they are of.
+
+    Attributes
+    ----------
+    head : str
+        The output's tensor.
+    sources : sequence of Source
+        What was differentiated against.
+    batch, seeds : Batch, Seeds
+        The examples and seeds that the rows are of.
+    output : tf.Tensor
+        The output for these examples, as the trace has it.
+    answers : mapping of str to Factor
+        The rows by key; those of a source that is left out are zero.
+    """
+
+    head: str
+    sources: Sequence[Source]
+    batch: Batch
+    seeds: Seeds
+    output: tf.Tensor
+    answers: Mapping[str, Factor]
+
+    def summed(self, r: tf.Tensor) -> list[tf.Tensor]:
+        """Return Σ r · J by each source, for r (B, K), as the live gradient is shaped."""
+        return [_summed(self.answers.get(s.key), s, r) for s in self.sources]
+
+    def cotangent(self, r: tf.Tensor) -> tf.Tensor:
+        """Return what comes back at the output for r."""
+        return weighted(self.seeds.kind, self.seeds.payload, r, self.output)
+
+    def part(self, where: slice) -> Rows:
+        """Return the rows of some of the examples."""
+        size = self.batch.size
+        output, answers = within((self.output, dict(self.answers)), where, size)
+        batch = dataclasses.replace(self.batch, tensors=within(self.batch.tensors, where, size))
+        return Rows(self.head, self.sources, batch, self.seeds.part(where), output, answers)
+
+
 class Uncertified(Exception):
     """Raised where rows of the factored path are wrong; they have been refused."""
 
@@ -186,32 +227,8 @@ class Certificates:
             return "Not certified yet: nothing has been asked."
         return f"Certified on {count} call{'s' * (count > 1)}."
 
-    def check(
-        self,
-        due: Due,
-        head: str,
-        sources: Sequence[Source],
-        batch: Batch,
-        chosen: Seeds,
-        output: tf.Tensor,
-        answers: Mapping[str, Factor],
-    ) -> None:
+    def check(self, due: Due, rows: Rows) -> None:
         """Compare the rows of a call with the live model's gradient.
-
-        Parameters
-        ----------
-        due : Due
-            The call.
-        head : str
-            The output's tensor.
-        sources : sequence of Source
-            What was differentiated against.
-        batch, chosen : Batch, Seeds
-            The examples and seeds that the rows are of.
-        output : tf.Tensor
-            The output for these examples, as the trace has it.
-        answers : mapping of str to Factor
-            The rows by key; those of a source that is left out are zero.
 
         Raises
         ------
@@ -220,59 +237,48 @@ class Certificates:
         CertificateError
             If rows of the tape path are.
         """
-        sources = [s for s in sources if s.dtype.is_floating]
+        rows = dataclasses.replace(rows, sources=[s for s in rows.sources if s.dtype.is_floating])
         always = self._when == "always"
-        doubted = always or any(s in self.refused for s in sources)
-        if not doubted and set(sources) <= set(due.taped):  # the tape is the live model
+        doubted = always or any(s in self.refused for s in rows.sources)
+        if not doubted and set(rows.sources) <= set(due.taped):  # the tape is the live model
             return due.turns.done()
         if not due.turns.is_first and not always:
-            batch, chosen, output, answers = self._few(batch, chosen, output, answers)
-        r = self._drawn(batch.size, chosen.count)
-        ours = [_summed(answers.get(s.key), s, r) for s in sources]
+            rows = self._some(rows, _FEW)
         try:
-            wrong = self._wrong(due, head, sources, batch, chosen, r, output, ours)
+            wrong = self._wrong(due, rows)
         except OtherShape as failure:
             raise CertificateError(
-                f"The output {self._program.called(head)!r} has shape {failure}. When the model "
-                f"was traced, its shape was {tuple(output.shape)}: the model has changed. Make a "
-                "new Engine."
+                f"The output {self._program.called(rows.head)!r} has shape {failure}. When the "
+                f"model was traced, its shape was {tuple(rows.output.shape)}: the model has "
+                "changed. Make a new Engine."
             ) from None
         except Exception as failure:  # the user's model raises whatever it likes
             text = f"{failure}".strip().partition("\n")[0][:150]
             named = (
                 text if isinstance(failure, Unreachable) else f"{type(failure).__name__}: {text}"
             )
-            self._undecided[head] = f"the live model cannot be differentiated here ({named})"
+            why = f"the live model cannot be differentiated here ({named})"
+            self._undecided[rows.head] = why
             return due.turns.done()
         if wrong:
-            wrong = self._one_by_one(due, head, sources, wrong, batch, chosen, output, answers)
+            still = self._again(due, self._some(rows, _ONE_BY_ONE))
+            wrong = {s: why for s, why in wrong.items() if s in still}
         if not wrong:
             return due.turns.done()
-        return self._refuse(head, wrong, due)
+        return self._refuse(rows.head, wrong, due)
 
-    def _one_by_one(
-        self,
-        due: Due,
-        head: str,
-        sources: Sequence[Source],
-        wrong: Mapping[Source, str],
-        batch: Batch,
-        chosen: Seeds,
-        output: tf.Tensor,
-        answers: Mapping[str, Factor],
-    ) -> dict[Source, str]:
-        """Return what is wrong beside the live model's gradients of one example at a time, too.
+    def _again(self, due: Due, rows: Rows) -> set[Source]:
+        """Return the sources that are wrong beside gradients of one example at a time, too.
 
         Where a batch's numbers differ from those of its examples alone (kinks at zero, kernels
         that add up in another order), these are what is asked for. If examples are proved not to
         meet, that difference is rounding, as is what compiling the model changes, and what the
         last digit of its inputs does.
         """
-        batch, chosen, output, answers = self._few(batch, chosen, output, answers, _ONE_BY_ONE)
-        r = self._drawn(batch.size, chosen.count)
-        ours = [_summed(answers.get(s.key), s, r) for s in sources]
+        head, sources, batch = rows.head, rows.sources, rows.batch
+        r = self._drawn(batch.size, rows.seeds.count)
         live = self._reference(head, sources)
-        cotangent = weighted(chosen.kind, chosen.payload, r, output)
+        cotangent = rows.cotangent(r)
         with put_back(self._written or (), due.state) as once_more:
 
             def again(tensors: list[tf.Tensor], r: tf.Tensor, compiled: bool = False) -> Any:
@@ -280,12 +286,10 @@ class Certificates:
                 return live(tensors, r, compiled)
 
             double = [2 * t for t in again(batch.tensors, cotangent)]
-            off, scale = self._compared(
-                head, sources, again(batch.tensors, 2 * cotangent), double, 2 * cotangent
-            )
+            twice = again(batch.tensors, 2 * cotangent)
+            off, scale = self._compared(head, sources, twice, double, 2 * cotangent)
             if np.any(off > scale):  # as where a custom gradient clips what comes back
-                still = self._wrong_rows(head, sources, batch, chosen, output, answers, again)
-                return {s: why for s, why in wrong.items() if s in still}
+                return self._wrong_rows(rows, again)
             others = [again(batch.tensors, cotangent, compiled) for compiled in (False, True)]
             others.append(again([self._nudged(t) for t in batch.tensors], cotangent))
             alone = [
@@ -296,38 +300,27 @@ class Certificates:
             tf.add_n(parts) if s.kind == "weight" else tf.concat(parts, 0)
             for s, parts in zip(sources, zip(*alone, strict=True), strict=True)
         ]
-        off, scale = self._compared(head, sources, ours, right, cotangent)
+        off, scale = self._compared(head, sources, rows.summed(r), right, cotangent)
         if due.proved:
             for other in others:
                 noise, _ = self._compared(head, sources, other, right, cotangent)
                 scale = np.maximum(scale, _NOISE * noise)
-        still = {s for s, o, most in zip(sources, off, scale, strict=True) if not o <= most}
+        still = _beyond(sources, off, scale)
         if not still:
             self._undecided[head] = "the numbers are mostly rounding on this data"
-        return {s: why for s, why in wrong.items() if s in still}
+        return still
 
-    def _wrong_rows(
-        self,
-        head: str,
-        sources: Sequence[Source],
-        batch: Batch,
-        chosen: Seeds,
-        output: tf.Tensor,
-        answers: Mapping[str, Factor],
-        live: Callable[..., Any],
-    ) -> set[Source]:
+    def _wrong_rows(self, rows: Rows, live: Callable[..., Any]) -> set[Source]:
         """Return the sources of which single rows, drawn at random, are not the live model's."""
         still: set[Source] = set()
         for _ in range(_ROWS):
-            b, k = (int(self._rng.integers(0, n)) for n in (batch.size, chosen.count))
-            r = tf.scatter_nd([[b, k]], [1.0], [batch.size, chosen.count])
-            one = slice(b, b + 1)
-            cotangent = weighted(chosen.kind, chosen.payload, r, output)[one]
-            ours = [_summed(answers.get(s.key), s, r) for s in sources]
-            ours = [t if s.kind == "weight" else t[one] for s, t in zip(sources, ours, strict=True)]
-            right = live([t[one] for t in batch.tensors], cotangent)
-            off, scale = self._compared(head, sources, ours, right, cotangent)
-            still |= {s for s, o, most in zip(sources, off, scale, strict=True) if not o <= most}
+            b, k = (int(self._rng.integers(0, n)) for n in (rows.batch.size, rows.seeds.count))
+            one = rows.part(slice(b, b + 1))
+            r = tf.one_hot([k], rows.seeds.count)
+            cotangent = one.cotangent(r)
+            right = live(one.batch.tensors, cotangent)
+            off, scale = self._compared(rows.head, rows.sources, one.summed(r), right, cotangent)
+            still |= _beyond(rows.sources, off, scale)
         return still
 
     def _refuse(self, head: str, wrong: Mapping[Source, str], due: Due) -> None:
@@ -358,39 +351,23 @@ class Certificates:
         step = _EPSILON[tensor.dtype] * (np.asarray(tensor, "float64") * noise[0] + 0.1 * noise[1])
         return tensor + tf.cast(step, tensor.dtype)
 
-    def _few(
-        self,
-        batch: Batch,
-        chosen: Seeds,
-        output: tf.Tensor,
-        answers: Mapping[str, Factor],
-        count: int = _FEW,
-    ) -> tuple:
-        """Return a random run of a few of the examples."""
-        if batch.size <= count or self._program.specs[0].shape[0] is not None:
-            return batch, chosen, output, answers
-        start = int(self._rng.integers(0, batch.size - count + 1))
-        where = slice(start, start + count)
-        cut = within((output, dict(answers)), where, batch.size)
-        cut_batch = dataclasses.replace(batch, tensors=within(batch.tensors, where, batch.size))
-        return cut_batch, chosen.part(where), *cut
+    def _some(self, rows: Rows, count: int) -> Rows:
+        """Return the rows of a random run of so many examples."""
+        size = rows.batch.size
+        if size <= count or self._program.specs[0].shape[0] is not None:
+            return rows
+        start = int(self._rng.integers(0, size - count + 1))
+        return rows.part(slice(start, start + count))
 
-    def _wrong(
-        self,
-        due: Due,
-        head: str,
-        sources: Sequence[Source],
-        batch: Batch,
-        chosen: Seeds,
-        r: tf.Tensor,
-        output: tf.Tensor,
-        ours: Sequence[tf.Tensor],
-    ) -> dict[Source, str]:
+    def _wrong(self, due: Due, rows: Rows) -> dict[Source, str]:
         """Return the sources whose rows are wrong, and by how much."""
+        head, sources, batch = rows.head, rows.sources, rows.batch
+        r = self._drawn(batch.size, rows.seeds.count)
+        ours = rows.summed(r)
         live = self._reference(head, sources)
         compiled = self._when == "always" and not due.turns.is_first
         with put_back(self._written or (), due.state) as once_more:
-            cotangent = weighted(chosen.kind, chosen.payload, r, output)
+            cotangent = rows.cotangent(r)
             right = live(batch.tensors, cotangent, compiled)
             off, scale = self._compared(head, sources, ours, right, cotangent)
             suspect = [n for n in range(len(sources)) if not off[n] <= scale[n]]
@@ -484,6 +461,10 @@ class Certificates:
         except ValueError:
             return unknown
         return rounding(plain, there, sources, batch.tensors, cotangent) or unknown
+
+
+def _beyond(sources: Sequence[Source], off: np.ndarray, scale: np.ndarray) -> set[Source]:
+    return {s for s, o, most in zip(sources, off, scale, strict=True) if not o <= most}
 
 
 def _summed(factor: Factor | None, source: Source, r: tf.Tensor) -> tf.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import blame, device, host, inside, memory
-from perjac.certificate import Certificates, Due, Uncertified
+from perjac.certificate import Certificates, Due, Rows, Uncertified
 from perjac.chunks import MOST, Load, Pace
 from perjac.combination import held, held_in, join_rows, joined
 from perjac.compiling import NotForXla, why_not
@@ -213,7 +213,7 @@ class Traced(Examined):
             if due and where.start == 0:
                 apart = self._kept_apart.get(head)
                 now = Due(turns, tuple(taped), state, apart is not None, apart == "proved")
-                self._certificates.check(now, head, sources, part, seeds, output, factors)
+                self._certificates.check(now, Rows(head, sources, part, seeds, output, factors))
             return answers
 
         try:

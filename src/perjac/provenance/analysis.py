@@ -94,7 +94,6 @@ class _Analysis:
         needed = upstream(program, [head])
         self._ops = [op for op in program.graph.get_operations() if op.name in needed]
         self._frames = [frame(program, flow, self._ops, batch) for batch in program.batches]
-        _free_of_the_count(*self._frames)
         self._found = [self._owners(here, batch) for here, batch in self._pairs]
 
     @property
@@ -194,30 +193,13 @@ class _Analysis:
         return False
 
 
-def _free_of_the_count(few: Frame, more: Frame) -> None:
-    """Note what loops are given that is made of shapes, and the same in batches of both sizes.
-
-    A sequence's length, read from the shape of a tensor that has the examples along another axis.
-    """
-    for op in few.ops:
-        for t in op.inputs if op.type in _LOOPS else ():
-            if t.name in few.depends and t.name in few.knowable & more.knowable:
-                one, other = few.known(t), more.known(t)
-                if one is not None and other is not None and _same(one, other):
-                    few.depends.discard(t.name)
-                    more.depends.discard(t.name)
-    for name, inside in few.inner.items():
-        for pair in zip(inside, more.inner[name], strict=True):
-            _free_of_the_count(*pair)
-
-
 def _counted_in(
     few: Frame, more: Frame, batches: tuple[int, int]
 ) -> tuple[tuple[str, str] | None, str]:
     """Return what brings the number of examples, or their places, into an output; or why unclear.
 
     What is made of shapes and computed with must hold the same for every example, in batches of
-    both sizes.
+    both sizes; and nothing in it may be cut off at some number of examples.
     """
     for tensor, op in few.counting:
         parts: list[np.ndarray] = []
@@ -231,6 +213,8 @@ def _counted_in(
             parts += _by_owner(own, value, batch)
         if any(not _same(parts[0], part) for part in parts):
             return (op.outputs[0].name, op.type), ""
+        if parts and few.is_limited(tensor):
+            return None, f"{tensor.name} compares the number of examples, or cuts it off"
     for name, inside in few.inner.items():
         for pair in zip(inside, more.inner[name], strict=True):
             meeting, unclear = _counted_in(*pair, batches)
@@ -374,8 +358,8 @@ def _loop(op: Any, outs: list[Owners], here: Frame) -> Found:
         raise Unclear("the owners of a loop's tensors keep changing")
     why = f"how often a loop runs depends on the data or on the number of examples ({op.name})"
     going = owners_behind(condition, {condition.results[0]: Owners.nobody(0, why)})
-    for n, (tensor, argument) in enumerate(zip(op.inputs, condition.arguments, strict=True)):
-        if argument in going and tensor.name in here.depends:
+    for n, argument in enumerate(condition.arguments):
+        if argument in going and argument in condition.depends:
             owners[n] = owners[n] | Owners.nobody(owners[n].rank, why)
     return list(owners)
 
@@ -383,8 +367,9 @@ def _loop(op: Any, outs: list[Owners], here: Frame) -> Found:
 def _branches(op: Any, outs: list[Owners], here: Frame) -> Found:
     """Return the owners over all branches, and of what decides between them."""
     owners: Found = [None] * (len(op.inputs) - 1)
-    branches, chosen = here.inner[op.name], here.known(op.inputs[0])
-    if chosen is not None:  # by shapes alone: the others are not taken
+    branches = here.inner[op.name]
+    chosen = here.known(op.inputs[0]) if here.is_constant(op.inputs[0]) else None
+    if chosen is not None:  # whatever the batch: the others are not taken
         number = int(chosen) if "Case" in op.type else 1 - bool(chosen)
         branches = branches[min(number, len(branches) - 1) :][:1]
     for branch in branches:
@@ -394,7 +379,7 @@ def _branches(op: Any, outs: list[Owners], here: Frame) -> Found:
                 owners[n] = own if before is None else _united(op.inputs[1 + n], before, own)
     if chosen is not None:
         return [None, *owners]
-    why = f"a branch depends on the data of several examples ({op.name})"
+    why = f"a branch depends on several examples, or on how many there are ({op.name})"
     return [_all_alike(op, outs, here, why)[0], *owners]
 
 
@@ -472,9 +457,8 @@ def settled(here: Frame, seeds: Mapping[str, Owners]) -> dict[str, Owners]:
     raise Unclear("the owners of what custom gradients take keep changing")
 
 
-_LOOPS = ("While", "StatelessWhile")
 _FLOW = {
-    **dict.fromkeys(_LOOPS, _loop),
+    **dict.fromkeys(("While", "StatelessWhile"), _loop),
     **dict.fromkeys(("If", "StatelessIf", "Case", "StatelessCase"), _branches),
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), _call),
 }

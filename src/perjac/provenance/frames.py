@@ -30,6 +30,20 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), ("f",)),
 }
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
+# Operations that take entries out of their first operand.
+_PICKS = {"StridedSlice", "Slice", "GatherV2"}
+# Operands that give a result its entries, where the others give its shape.
+_ENTRIES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("BroadcastTo", "Reshape", "Tile"), (0,)),
+    **dict.fromkeys(("ZerosLike", "OnesLike"), ()),
+    "Fill": (1,),
+}
+# Operations whose results may be the same for two numbers and another one for a third.
+_LIMITS = {
+    "Cast", "Ceil", "Equal", "Floor", "FloorDiv", "FloorMod", "Greater", "GreaterEqual", "Less",
+    "LessEqual", "Maximum", "Minimum", "Mod", "NotEqual", "Relu", "Rint", "Round", "Select",
+    "SelectV2", "Sign", "TruncateDiv", "TruncateMod",
+}  # fmt: skip
 # As many entries, at most, of which values are read.
 _MOST = 100_000
 
@@ -121,6 +135,58 @@ class Frame:
             self._values[output.name] = value
         return self._values[tensor.name]
 
+    def is_constant(self, tensor: Any) -> bool:
+        """Tell whether a tensor is known to hold the same in batches of every size.
+
+        The length of an axis which the trace knows does: a sequence's, read from the shape of a
+        tensor whose examples lie along another axis. That two sizes give the same number says less:
+        the smaller of 3 and the number of examples is 3 at both.
+        """
+        if tensor.name not in self.depends:
+            return True
+        entries = self._constant_entries(tensor) if tensor.name in self.knowable else None
+        return entries is not None and bool(entries.all())
+
+    def _constant_entries(self, tensor: Any) -> np.ndarray | None:
+        """Return which entries of what shapes are made of are the same for every size, or None."""
+        op = tensor.op
+        if tensor.name not in self.depends or op.type == "Rank":
+            held = self.known(tensor)
+            return None if held is None else np.ones(held.shape, bool)
+        if op.type in ("Shape", "ShapeN"):
+            shape = op.inputs[op.outputs.index(tensor)].shape
+            return None if shape.rank is None else np.array([d is not None for d in shape], bool)
+        if op.type in _PICKS and all(self.is_constant(t) for t in op.inputs[1:]):
+            entries = self._constant_entries(op.inputs[0])
+            others = [self.known(t) for t in op.inputs[1:]]
+            if entries is None or any(other is None for other in others):
+                return None
+            return _run(op, [entries, *others])[0]
+        return np.array(len(op.inputs) > 0 and all(map(self.is_constant, op.inputs)))
+
+    def is_limited(self, tensor: Any) -> bool:
+        """Tell whether the number of examples is compared, or cut off, in what a tensor holds.
+
+        Two sizes of batch say nothing then of a third.
+        """
+        behind: dict[str, Any] = {}
+        stack = [tensor]
+        while stack:
+            t = stack.pop()
+            if t.name not in behind and not self.is_constant(t):
+                behind[t.name] = t
+                stack += _entries(t.op)
+        counts: set[str] = set()  # what holds the number of examples, or is made of it
+        for t in sorted(behind.values(), key=lambda t: self._places[t.op.name]):
+            if t.op.type in _SHAPES or not t.op.inputs or _of(counts, t.op):
+                counts.add(t.name)
+        ops = [t.op for t in behind.values()]
+        return any(op.type in _LIMITS and not _is_exact(op) and _of(counts, op) for op in ops)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {op.name: n for n, op in enumerate(self.ops)}
+
     @functools.cached_property
     def knowable(self) -> set[str]:
         """The tensors that are made of constants, of shapes and of what is fixed alone."""
@@ -180,15 +246,23 @@ def frame(program: Program, flow: Flow, ops: Sequence[Any], batch: int) -> Frame
     _lay_lists(ops, dims)
     _lay_loops(ops, dims)
     return Frame(
-        program.graph,
-        list(ops),
-        list(program.inputs),
-        [],
-        dims,
-        set(flow.data),
-        flow.values,
-        fixed,
+        program.graph, list(ops), list(program.inputs), [], dims, flow.data, flow.values, fixed
     )
+
+
+def _entries(op: Any) -> list[Any]:
+    """Return the operands that give an operation's results their entries."""
+    return [op.inputs[n] for n in _ENTRIES.get(op.type, range(len(op.inputs)))]
+
+
+def _of(counts: set[str], op: Any) -> bool:
+    return any(t.name in counts for t in _entries(op))
+
+
+def _is_exact(op: Any) -> bool:
+    """Tell whether an operation is a cast that keeps numbers as they are, up to rounding."""
+    before, after = op.inputs[0].dtype, op.outputs[0].dtype
+    return op.type == "Cast" and (after.is_floating or (after.is_integer and before.is_integer))
 
 
 def _number(tensor: Any) -> np.ndarray | None:
@@ -238,15 +312,22 @@ def _called(op: Any, outer: Frame) -> list[Frame]:
         called = op.get_attr(attribute)
         functions += called if isinstance(called, list) else [called]
     graphs = [host.function_graph(outer.graph, called.name) for called in functions]
+    depends = outer.depends - {t.name for t in operands if outer.is_constant(t)}
     staying = set(range(len(operands)))
     if "While" in op.type:
         body = graphs[0]
         staying = {n for n in staying if _origin(body.outputs[n]).name == body.inputs[n].name}
-    return [_function(graph, operands, outer, staying, "While" in op.type) for graph in graphs]
+    is_loop = "While" in op.type
+    return [_function(graph, operands, outer, depends, staying, is_loop) for graph in graphs]
 
 
 def _function(
-    graph: Any, operands: Sequence[Any], outer: Frame, staying: set[int], is_loop: bool
+    graph: Any,
+    operands: Sequence[Any],
+    outer: Frame,
+    depends: set[str],
+    staying: set[int],
+    is_loop: bool,
 ) -> Frame:
     arguments = [t.name for t in graph.inputs]
     results = [t.name for t in graph.outputs]
@@ -267,7 +348,7 @@ def _function(
     dims = _inferred(graph, ops, dims, numbers)
     here = Frame(
         graph, ops, arguments, results, dims,
-        _spread(ops, arguments, results, given, outer.depends, moved, is_loop),
+        _spread(ops, arguments, results, given, depends, moved, is_loop),
         _spread(ops, arguments, results, given, outer.valued, moved, is_loop, True),
         fixed,
     )  # fmt: skip

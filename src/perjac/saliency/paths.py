@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac import inside
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
 from perjac.precision import EPSILON
@@ -18,7 +19,6 @@ from perjac.saliency.conventions import settle
 from perjac.saliency.explained import Explained
 from perjac.saliency.quadrature import quadrature
 from perjac.saliency.running import Moments, Sums, beside
-from perjac.shapes import known
 
 # Steps after which a path is not refined any further.
 _MOST_STEPS = 4096
@@ -238,11 +238,11 @@ def expected_gradients(
     Erion et al. 2021, Improving performance of deep learning models with axiomatic attribution
     priors and expected gradients, eq. 3.
     """
+    inside.refuse("expected_gradients()")
     count = settle("expected_gradients", convention, samples=samples)["samples"]
     explained = Explained(engine, x, target, wrt, of)
     rows = _rows(background, explained)
-    there = known(rows[0].shape)[0]
-    drawn, alphas = _draws(seed, count, there)
+    drawn, alphas = _draws(seed, count, len(rows[0]))
     moments = Moments(explained.size)
     for numbers in explained.chunks(explained.size * count):
         owners, s = np.divmod(numbers, count)
@@ -261,7 +261,7 @@ def expected_gradients(
         values,
         delta=delta,
         standard_error=moments.standard_errors(),
-        facts={"samples": count, "seed": seed, "background": there},
+        facts={"samples": count, "seed": seed, "background": len(rows[0])},
     )
 
 
@@ -281,9 +281,8 @@ def _rows(background: Any, explained: Explained) -> list[tf.Tensor]:
                 f"{name!r}. Received: {tuple(array.shape)}."
             )
         rows.append(array)
-    lengths = [row.shape[0] for row in rows]
-    if len(set(lengths)) != 1:
-        raise InputError(f"Expected backgrounds of one length. Received: {lengths}.")
+    if len({len(r) for r in rows}) != 1:
+        raise InputError(f"Expected backgrounds of one length. Received: {[len(r) for r in rows]}.")
     return rows
 
 
