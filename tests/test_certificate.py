@@ -272,9 +272,11 @@ def clipped():
 
 def test_where_the_way_back_is_not_linear_single_rows_are_compared():
     model, x = clipped(), data(6, 5)
-    rows = pj.Engine(model).jacobian(x)
+    engine = pj.Engine(model)
+    rows = engine.jacobian(x)
     right = oracle.weight_rows(model, x, model.trainable_variables)
     oracle.assert_agree([rows[v] for v in model.trainable_variables], right, "float32")
+    assert "Certified on 1 call" in str(engine.inspect())
 
 
 def test_wrong_rows_are_found_where_the_way_back_is_not_linear(monkeypatch):

@@ -37,6 +37,7 @@ def front(x, order):
 
 # What is computed, of which shape of example. Every entry of the result is row b's of its own.
 APART = {
+    "a custom gradient clipped by the example": lambda x: _clipping(x),
     "a step for each position": lambda x: _steps(x, tf.shape(front(x, [1, 0, 2]))[0]),
     "a mask of positions": lambda x: x * tf.cast(tf.range(tf.shape(x)[2]) < 2, x.dtype),
     "the larger of it and zeros": lambda x: tf.maximum(x, tf.zeros([batch(x), 1, 1], x.dtype)),
@@ -291,6 +292,11 @@ def _gradient_of_all(x):
         tape.watch(x)
         energy = tf.reduce_sum(tf.reduce_mean(x, 0) ** 2)
     return tape.gradient(energy, x)
+
+
+@tf.custom_gradient
+def _clipping(x):
+    return tf.sin(x), lambda dy: tf.clip_by_norm(dy, 0.5, axes=[1, 2])
 
 
 @tf.custom_gradient

@@ -213,7 +213,7 @@ def _counted_in(
             parts += _by_owner(own, value, batch)
         if any(not _same(parts[0], part) for part in parts):
             return (op.outputs[0].name, op.type), ""
-        if parts and few.is_limited(tensor):
+        if parts and tensor.name in few.counts[1]:
             return None, f"{tensor.name} compares the number of examples, or cuts it off"
     for name, inside in few.inner.items():
         for pair in zip(inside, more.inner[name], strict=True):
@@ -429,7 +429,8 @@ def _in_gradient(op: Any, here: Frame, found: Mapping[str, Owners]) -> list[tupl
         for t, name in zip(op.inputs[len(cotangents) :], carried, strict=True)
         if name in behind
     ]
-    counts = any(not behind[t.name].is_nobody for t, _ in inside.counting if t.name in behind)
+    counting = {t.name for t, _ in inside.counting} & behind.keys() & inside.counts[0]
+    counts = any(not behind[name].is_nobody for name in counting)
     for tensor, name in zip(op.outputs, cotangents, strict=False):
         used, given = behind.get(name), found.get(tensor.name)
         if used is None or (used.is_nobody and not used.unclear):

@@ -124,7 +124,7 @@ class Frame:
             given = [self.dims.get(t.name) for t in op.inputs]
             if any(shape is None or None in shape for shape in given):
                 return None
-            shape = np.array(given[op.outputs.index(tensor)], np.int64)
+            shape = np.array(given[tensor.value_index], np.int64)
             found = {"Size": shape.prod(), "Rank": np.int64(shape.size)}.get(op.type, shape)
             return np.asarray(found, tensor.dtype.as_numpy_dtype)
         operands = [self.known(t) for t in op.inputs]
@@ -154,7 +154,7 @@ class Frame:
             held = self.known(tensor)
             return None if held is None else np.ones(held.shape, bool)
         if op.type in ("Shape", "ShapeN"):
-            shape = op.inputs[op.outputs.index(tensor)].shape
+            shape = op.inputs[tensor.value_index].shape
             return None if shape.rank is None else np.array([d is not None for d in shape], bool)
         if op.type in _PICKS and all(self.is_constant(t) for t in op.inputs[1:]):
             entries = self._constant_entries(op.inputs[0])
@@ -164,28 +164,26 @@ class Frame:
             return _run(op, [entries, *others])[0]
         return np.array(len(op.inputs) > 0 and all(map(self.is_constant, op.inputs)))
 
-    def is_limited(self, tensor: Any) -> bool:
-        """Tell whether the number of examples is compared, or cut off, in what a tensor holds.
-
-        Two sizes of batch say nothing then of a third.
-        """
-        behind: dict[str, Any] = {}
-        stack = [tensor]
-        while stack:
-            t = stack.pop()
-            if t.name not in behind and not self.is_constant(t):
-                behind[t.name] = t
-                stack += _entries(t.op)
-        counts: set[str] = set()  # what holds the number of examples, or is made of it
-        for t in sorted(behind.values(), key=lambda t: self._places[t.op.name]):
-            if t.op.type in _SHAPES or not t.op.inputs or _of(counts, t.op):
-                counts.add(t.name)
-        ops = [t.op for t in behind.values()]
-        return any(op.type in _LIMITS and not _is_exact(op) and _of(counts, op) for op in ops)
-
     @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        return {op.name: n for n, op in enumerate(self.ops)}
+    def counts(self) -> tuple[set[str], set[str]]:
+        """Tensors made of shapes that hold the number of examples, or what is made of it.
+
+        And those of them in which it was compared, or cut off: two sizes of batch say nothing of a
+        third there.
+        """
+        holding: set[str] = set()
+        limited: set[str] = set()
+        for op in self.ops:
+            given = {t.name for t in _entries(op)}
+            for t in op.outputs:
+                if t.name not in self.knowable or self.is_constant(t):
+                    continue
+                if op.type in _SHAPES or not op.inputs or given & holding:
+                    holding.add(t.name)
+                cuts = op.type in _LIMITS and not _is_exact(op)
+                if given & limited or (cuts and given & holding):
+                    limited.add(t.name)
+        return holding, limited
 
     @functools.cached_property
     def knowable(self) -> set[str]:
@@ -253,10 +251,6 @@ def frame(program: Program, flow: Flow, ops: Sequence[Any], batch: int) -> Frame
 def _entries(op: Any) -> list[Any]:
     """Return the operands that give an operation's results their entries."""
     return [op.inputs[n] for n in _ENTRIES.get(op.type, range(len(op.inputs)))]
-
-
-def _of(counts: set[str], op: Any) -> bool:
-    return any(t.name in counts for t in _entries(op))
 
 
 def _is_exact(op: Any) -> bool:
