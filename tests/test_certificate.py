@@ -183,9 +183,9 @@ def test_a_wrong_rule_is_found_whatever_is_asked(asked, monkeypatch):
 @pytest.mark.parametrize("asked", ASKED)
 def test_a_right_answer_is_certified_whatever_is_asked(asked):
     engine = pj.Engine(mlp())
-    for _ in range(5):
+    for _ in range(3):
         ASKED[asked](engine, data(4, 5))
-    assert list(certificates(engine)._certified.values()) == [3]
+    assert list(certificates(engine)._certified.values()) == [2]
 
 
 @pytest.mark.parametrize("wrt", ["inputs", pj.activation("hidden")])
@@ -464,16 +464,16 @@ def live(monkeypatch):
     return calls
 
 
-def test_the_schedule_is_the_first_call_then_the_second_fourth_and_eighth(live):
+def test_the_schedule_is_the_first_two_calls_then_one_in_eight_times_as_many(live):
     engine, certified = pj.Engine(mlp()), []
-    for n in range(1, 18):
+    for n in range(1, 130):
         before = len(live)
         engine.jacobian(data(4 + n % 3, 5))  # whatever the batch size
         certified += [n] * (len(live) - before)
-    assert certified == [1, 2, 4, 8, 16]
+    assert certified == [1, 2, 16, 128]
     engine.jacobian(data(4, 5), outputs=1)  # another plan
-    assert len(live) == 6
-    assert "Certified on 6 calls." in str(engine.inspect())
+    assert len(live) == 5
+    assert "Certified on 5 calls." in str(engine.inspect())
 
 
 def test_always_and_never(live):
@@ -490,7 +490,7 @@ def test_always_and_never(live):
 
 def test_a_large_batch_is_certified_on_all_its_examples_once_then_on_a_few(live):
     engine = pj.Engine(mlp())
-    for _ in range(4):
+    for _ in range(16):
         engine.jacobian(data(300, 5))
     assert [size for size, _ in live] == [300, 4, 4]
 
