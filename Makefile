@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check zoo peers bench bench-scaling bench-gpu format clean
+.PHONY: help demo test more check zoo peers bench bench-scaling bench-gpu format clean
 
 help:
 	@echo "make demo    train a small net on real digits and write demo-out/report.html"
 	@echo "make test    format check, lint, types and the whole test suite"
 	@echo "make check   the quick part of it, under three minutes"
+	@echo "make more    what make test samples from: every model of the zoo but the largest, in float32 too"
 	@echo "make zoo     every model of the zoo, the large ones and float32 too, 500 random models and peak"
 	@echo "             memory; writes docs/coverage.md"
 	@echo "make peers   the environments that other libraries run in under make bench: 6 GB, once"
@@ -24,11 +25,14 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+more: lint
+	$(BIN)/python -m pytest -n 2 -m "more and not large"
+
 check: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not large"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not more and not large"
 
 zoo: lint
-	$(BIN)/python -m pytest -n 2 -m "slow or large" tests/test_zoo.py tests/test_chunks.py tests/test_random_models.py
+	$(BIN)/python -m pytest -n 2 -m "slow or more or large" tests/test_zoo.py tests/test_chunks.py tests/test_random_models.py
 
 .PHONY: lint
 lint: $(VENV)/.test

@@ -13,10 +13,14 @@ from subjects import EVERY_MODEL, chosen, engine, expected, flat_rows, names, su
 
 import perjac as pj
 
+# The zoo has it as well.
+ALSO_ELSEWHERE = ("mobilenet_v2",)
+
 
 def each(wanted):
     """Parametrise over models, the large ones marked as slow."""
     marks = {n: [pytest.mark.slow] if MODELS[n].slow else [] for n in wanted}
+    marks |= {n: [pytest.mark.more] for n in ALSO_ELSEWHERE if n in wanted}
     return pytest.mark.parametrize("name", [pytest.param(n, marks=marks[n]) for n in wanted])
 
 
@@ -204,7 +208,9 @@ def test_verify_passes(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformer", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name", ["transformer", pytest.param("mobilenet_v2", marks=pytest.mark.more)]
+)
 def test_verify_passes_for_large_models(name):
     report = engine(name, "float32", "auto").verify(subject(name, "float32").x[:1])
     assert report.passed, str(report)

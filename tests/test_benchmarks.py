@@ -59,7 +59,7 @@ def sketched(*arrays: np.ndarray) -> list[dict]:
     return [module.sketched(array) for array in arrays]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_every_way_is_checked_and_timed(tmp_path):
     found = run(tmp_path, "--peers", "TensorFlow", "floor", "--repeats", "2",
                 "--jobs", "weights", "inputs", "gradient_norms", "clipped_sum")  # fmt: skip

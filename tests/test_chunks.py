@@ -152,7 +152,7 @@ def test_gradients_with_labels_weights_and_several_inputs(length):
     close(plain.losses, losses / weights)
 
 
-@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.more), 4])
 def test_masks_and_seeds_go_with_their_examples(length):
     with floats("float64"):
         model = keras.Sequential(
@@ -404,7 +404,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("model", "job", "limit"),
-    [("cnn", "jacobian", 384),
+    [pytest.param("cnn", "jacobian", 384, marks=pytest.mark.more),
      *(pytest.param(*case, marks=pytest.mark.large)
        for case in [("cnn", "squares", 64), ("cnn", "gradients", 96),
                     ("transformer", "gradients", 320), ("transformer", "squares", 64)])],

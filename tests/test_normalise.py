@@ -99,7 +99,7 @@ def test_a_loop_whose_end_only_data_tells_goes_to_the_tape():
 
 
 @pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU, layers.SimpleRNN])
-@pytest.mark.parametrize("sequences", [True, False])
+@pytest.mark.parametrize("sequences", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_recurrent_layers_are_left_as_they_were(layer, sequences):
     with floats("float64"):
         recurrent = layer(3, return_sequences=sequences)

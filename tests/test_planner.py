@@ -186,7 +186,14 @@ def test_a_cache_that_cannot_be_written_to_says_so(tmp_path, monkeypatch):
 # Schedules
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv2d_dilated", "transformer", "tied_embedding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        *(pytest.param(n, marks=pytest.mark.more) for n in ("conv2d_dilated", "tied_embedding")),
+        pytest.param("transformer", marks=pytest.mark.more),
+    ],
+)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.slow
 def test_rows_do_not_depend_on_the_schedule(monkeypatch, name, schedule):

@@ -71,7 +71,7 @@ KERAS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERAS)
-@pytest.mark.parametrize("way", ["export", "save"])
+@pytest.mark.parametrize("way", ["export", pytest.param("save", marks=pytest.mark.more)])
 def test_an_exported_keras_model_agrees_with_the_oracle(name, way, tmp_path):
     build, x = KERAS[name]
     model = build()

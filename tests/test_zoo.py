@@ -72,8 +72,9 @@ PROBED = {
 REFUSED = "cond on the batch"
 
 
-# Members that take the longest, mostly for the oracle: `make zoo` runs them, as `make test` has
-# 20 minutes for everything.
+# `make test` takes every eighth model, `make more` the others.
+SAMPLE = 8
+# Members that take the longest, mostly for the oracle: `make zoo` runs them.
 LONG = (
     "NASNetMobile", "DenseNet121", "InceptionResNetV2", "ConvNeXtTiny", "EfficientNetV2B0",
     "InceptionV3", "ResNet50V2", "Xception",
@@ -84,6 +85,8 @@ def marks(entry: zoo.entry.Entry) -> list:
     small = entry.name in applications.SMALLEST and entry.name not in LONG
     if entry.family == "applications" and not small:
         return [pytest.mark.large]
+    if list(ENTRIES).index(entry.name) % SAMPLE:
+        return [pytest.mark.more]
     return [pytest.mark.slow]
 
 
@@ -155,7 +158,7 @@ def test_jacobians_agree_with_the_oracle(name, record_property):
 
 
 # Float32 has kernels of its own (oneDNN's), and graph passes, one of which ended the process.
-# `make test` takes these, `make zoo` all.
+# `make test` takes these, `make more` all.
 FLOAT32 = (
     "dense silu", "conv1d causal dilated", "conv2d dilated same", "conv2d grouped",
     "depthwiseconv2d", "separableconv2d", "conv2dtranspose", "conv3d", "lstm", "gru",
@@ -194,7 +197,7 @@ def rounding(name: str) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in FLOAT32 else pytest.mark.large)
+        pytest.param(name, marks=pytest.mark.slow if name in FLOAT32 else pytest.mark.more)
         for name, entry in ENTRIES.items()
         if name not in NOT_IN_FLOAT32
         and entry.dtypes[0] == "float64"

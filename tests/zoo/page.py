@@ -21,13 +21,13 @@ TITLES = {
 }
 HEAD = """# Coverage
 
-Written by the tests of the zoo (`make test`; `make zoo` runs the larger members too), not by \
-hand. Each model's Jacobian with respect to every trainable weight is compared with the \
-oracle's, a loop of plain `tf.GradientTape` over examples and outputs. *Error* is the worst \
-weight's relative error, rounded up to a power of a hundred. *Factored* counts the weights that \
-take the factored path; the others take the tape path, for the reason given. *Independence* \
-says how it is known that no example influences another: proved from the graph, for every batch, \
-or probed on data where the graph does not tell.
+Written by the tests of the zoo (`make test` runs a sample, `make more` the others, `make zoo` \
+the larger members too), not by hand. Each model's Jacobian with respect to every trainable \
+weight is compared with the oracle's, a loop of plain `tf.GradientTape` over examples and \
+outputs. *Error* is the worst weight's relative error, rounded up to a power of a hundred. \
+*Factored* counts the weights that take the factored path; the others take the tape path, for \
+the reason given. *Independence* says how it is known that no example influences another: proved \
+from the graph, for every batch, or probed on data where the graph does not tell.
 """
 
 
