@@ -14,6 +14,8 @@ from models import floats, randomise
 import perjac as pj
 from perjac.errors import ExamplesMeetError, InputError, PathError, SlowPathWarning
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RTOL = {"float64": 1e-10, "float32": 1e-4}
 
 
@@ -139,11 +141,11 @@ def net(adds, dtype="float64"):
     return m
 
 
-QUICK = ("kl", "divided_by_the_batch", "product_of_means", "a_function", "means_of_rows")
+SOME = ("kl", "divided_by_the_batch", "product_of_means", "a_function", "means_of_rows")
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ADDED]
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.more) for n in ADDED]
 )
 def test_whatever_a_layer_adds(name):
     with floats("float64"):
@@ -169,7 +171,7 @@ def masked(x):
     return tf.reduce_sum(tf.boolean_mask(x, x > 0))
 
 
-@pytest.mark.parametrize("function", [pytest.param(repeated, marks=pytest.mark.slow), masked])
+@pytest.mark.parametrize("function", [repeated, masked])
 def test_what_cannot_be_cut_is_computed_for_each_example_alone_and_says_so(function):
     with floats("float64"):
         layer = Adds(function)
@@ -192,7 +194,6 @@ def test_activity_regularisers_and_layers_that_add(dtype, path):
     agrees(m, x, x, dtype, path=path)
 
 
-@pytest.mark.slow
 def test_activity_regularisers_of_pictures_and_sequences():
     with floats("float64"):
         i = keras.Input((6, 6, 2))
@@ -206,7 +207,6 @@ def test_activity_regularisers_of_pictures_and_sequences():
     agrees(m, random(3, 6, 6, 2), random(3, 2))
 
 
-@pytest.mark.slow
 def test_a_layer_over_time():
     with floats("float64"):
         inside = layers.Dense(2, activity_regularizer="l2")
@@ -215,7 +215,6 @@ def test_a_layer_over_time():
     agrees(m, random(2, 4, 3), random(2, 4, 2))
 
 
-@pytest.mark.slow
 def test_nested_and_shared_layers():
     with floats("float64"):
         inner = keras.Sequential(

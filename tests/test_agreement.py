@@ -18,8 +18,9 @@ ALSO_ELSEWHERE = ("mobilenet_v2",)
 
 
 def each(wanted):
-    """Parametrise over models, the large ones marked as slow."""
-    marks = {n: [pytest.mark.slow] if MODELS[n].slow else [] for n in wanted}
+    """Parametrise over models, those that take long marked as slow."""
+    long = {n for n in wanted if MODELS[n].slow or n.startswith("transformer")}
+    marks = {n: [pytest.mark.slow] if n in long else [] for n in wanted}
     marks |= {n: [pytest.mark.more] for n in ALSO_ELSEWHERE if n in wanted}
     return pytest.mark.parametrize("name", [pytest.param(n, marks=marks[n]) for n in wanted])
 

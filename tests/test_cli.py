@@ -15,6 +15,8 @@ from PIL import Image
 
 from perjac import cli
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 PERJAC = str(pathlib.Path(sys.executable).parent / "perjac")
 
@@ -94,7 +96,6 @@ def test_saliency_writes_a_picture_for_each_image_with_the_oracles_values(folder
     assert (out / "index.html").read_text().count("data:image/png;base64,") == 6
 
 
-@pytest.mark.slow
 def test_saliency_of_all_outputs_by_several_methods(folder, capfd):
     import perjac as pj
 
@@ -119,7 +120,6 @@ def test_saliency_of_all_outputs_by_several_methods(folder, capfd):
     assert list(saved["about/methods"]) == list(both)
 
 
-@pytest.mark.slow
 def test_a_softmax_is_noticed_and_logits_are_explained_on_request(folder, capfd):
     inside = keras.models.load_model(folder / "model.keras", compile=False)
     keras.Sequential([inside, keras.layers.Softmax()]).save(folder / "soft.keras")
@@ -137,7 +137,6 @@ def test_a_softmax_is_noticed_and_logits_are_explained_on_request(folder, capfd)
     np.testing.assert_array_equal(saved["target"], saved["outputs"].argmax(1))
 
 
-@pytest.mark.slow
 def test_saliency_of_an_embedding_and_of_several_inputs(folder, capfd):
     ids, number = keras.Input((7,), dtype="int32", name="ids"), keras.Input((2,), name="number")
     words = keras.layers.Embedding(20, 4, name="embed")(ids)
@@ -162,7 +161,6 @@ def test_saliency_of_an_embedding_and_of_several_inputs(folder, capfd):
     assert np.load(folder / "two" / "values.npz")["values"].shape == (3, 2)
 
 
-@pytest.mark.slow
 def test_options_go_to_the_methods_that_take_them(folder, capfd, monkeypatch):
     from perjac import saliency
 
@@ -463,7 +461,6 @@ def test_wrong_usage_is_status_2(capfd):
     assert run(capfd, "fly")[0] == 2
 
 
-@pytest.mark.slow
 def test_demo_writes_a_report_that_a_browser_shows(tmp_path):
     done = subprocess.run([PERJAC, "demo", "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

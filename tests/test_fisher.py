@@ -34,6 +34,8 @@ from perjac.errors import (
 )
 from perjac.fisher import root
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RTOL = 1e-10
 DAMPING = 1e-2
 FORMS = ("dense", "low_rank", "operator")  # of the whole matrix
@@ -205,7 +207,7 @@ def random(*shape: int, seed: int = 7) -> np.ndarray:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case))
+        pytest.param(case, marks=[] if case in QUICK else pytest.mark.more, id="-".join(case))
         for case in CASES
     ],
 )
@@ -339,12 +341,12 @@ def of_kind(options: dict, data: Any = None, count: int = 11, name: str = "mlp",
 each_kind = pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(map(str, o.values())))
 
 
-slow = pytest.mark.slow
+more = pytest.mark.more
 
 
 @each_kind
 @pytest.mark.parametrize(
-    "form", ["dense", *(pytest.param(f, marks=slow) for f in ("diagonal", "low_rank", "operator"))]
+    "form", ["dense", *(pytest.param(f, marks=more) for f in ("diagonal", "low_rank", "operator"))]
 )
 def test_result_does_not_depend_on_chunks(options, form, monkeypatch):
     whole = getattr(of_kind(options), form)()
@@ -361,7 +363,7 @@ def test_result_does_not_depend_on_chunks(options, form, monkeypatch):
 
 
 @each_kind
-@pytest.mark.parametrize("batch", [4, *(pytest.param(n, marks=slow) for n in (1, 11, 64))])
+@pytest.mark.parametrize("batch", [4, *(pytest.param(n, marks=more) for n in (1, 11, 64))])
 def test_datasets_are_as_good_as_arrays(options, batch):
     def data(x, y):
         return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch)

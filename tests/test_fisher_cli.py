@@ -20,6 +20,8 @@ from perjac.fisher.kronecker import Eigenbasis, Kronecker
 from perjac.fisher.sums import Matrices
 from perjac.progress import Stopped, stoppable
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 N, CLASSES = 7, 3
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 LOGITS = ["--loss", "sparse_categorical_crossentropy", "--from-logits"]

@@ -14,6 +14,8 @@ from perjac.fisher.blocks import BlockForm, Diagonal
 from perjac.fisher.columns import Columns
 from perjac.report import fisher
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 rng = np.random.default_rng(0)
 NAMES = {
     "few": ["conv2d", "conv2d_1", "dense"],

@@ -18,6 +18,8 @@ from perjac import host, inside
 from perjac.errors import ExamplesMeetError, InputError, InsideError, NotFiniteError
 from perjac.saliency import METHODS
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(4, 3))
 Y = np.array([0, 1, 1, 0])
@@ -59,7 +61,6 @@ def test_a_jacobian():
     agrees(net(), X)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["auto", "tape"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_jacobians_of_other_models(dtype, path):
@@ -171,7 +172,6 @@ def test_an_unknown_batch_is_refused():
     np.testing.assert_allclose(known(X), lengths(engine.model, X), rtol=1e-10)
 
 
-@pytest.mark.slow
 def test_xla():
     agrees(net("float32"), X.astype("float32"), jit_compile=True)
     engine = pj.Engine(net("float32"))
@@ -184,7 +184,6 @@ def test_xla():
     agrees(model, RNG.normal(size=(3, 5, 2)).astype("float32"), jit_compile=True)
 
 
-@pytest.mark.slow
 def test_what_xla_does_not_compile_is_told():
     def f(x):
         return tf.matmul(tf.numpy_function(lambda t: t, [x], tf.float32), w)
@@ -295,7 +294,6 @@ def test_a_model_that_takes_no_made_up_examples():
     np.testing.assert_allclose(asked(x), right)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_saliency_is_what_it_is_outside_or_refused(name):
     model = built(
@@ -338,7 +336,6 @@ def test_functions_that_run_eagerly(eagerly):
     assert tf.config.functions_run_eagerly()
 
 
-@pytest.mark.slow
 def test_functions_that_run_eagerly_for_whatever_else(eagerly):
     engine, x = pj.Engine(net()), tf.constant(X)
     pj.saliency.integrated_gradients(engine, x, target=1, steps=4)

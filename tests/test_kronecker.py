@@ -20,6 +20,8 @@ from perjac.errors import InputError, PerjacWarning, TooLargeError
 from perjac.fisher import kronecker
 from perjac.fisher.root import Root
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 
 def roots(logits: np.ndarray) -> np.ndarray:
     """Return S with S Sᵀ the Hessian of -log softmax, (B, C, K)."""
@@ -380,7 +382,6 @@ def test_blocks_survive_a_weight_without_influence():
     assert np.isfinite(kfac.solve(np.ones(kfac.shape[0]), 1.0)).all()
 
 
-@pytest.mark.slow
 @over_approximations
 @pytest.mark.parametrize("name", [name for name, case in MODELS.items() if not case.outputs])
 def test_every_model(name, approximation):

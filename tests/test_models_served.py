@@ -25,6 +25,8 @@ from perjac.errors import (
 )
 from perjac.saliency.slots import rounds
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RNG = np.random.default_rng(0)
 SINGLE, DOUBLE = "float32", "float64"
 
@@ -181,7 +183,7 @@ LOOKUPS = {
 
 @pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")
 @pytest.mark.parametrize(
-    "kind", [k if k != "safe" else pytest.param(k, marks=pytest.mark.slow) for k in LOOKUPS]
+    "kind", [k if k != "safe" else pytest.param(k, marks=pytest.mark.more) for k in LOOKUPS]
 )
 def test_lookups_in_plain_variables(kind):
     variables = [TABLE, OTHER] if kind == "two" else [TABLE]
@@ -475,10 +477,10 @@ def stateful(cell) -> tuple[keras.Model, list]:
     ("cell", "as_function"),
     [
         (layers.LSTM, False),
-        pytest.param(layers.GRU, True, marks=pytest.mark.slow),
-        pytest.param(layers.GRU, False, marks=pytest.mark.slow),
-        pytest.param(layers.SimpleRNN, False, marks=pytest.mark.slow),
-        pytest.param(layers.LSTM, True, marks=pytest.mark.slow),
+        pytest.param(layers.GRU, True, marks=pytest.mark.more),
+        pytest.param(layers.GRU, False, marks=pytest.mark.more),
+        pytest.param(layers.SimpleRNN, False, marks=pytest.mark.more),
+        pytest.param(layers.LSTM, True, marks=pytest.mark.more),
     ],
 )
 def test_stateful_layers_keep_their_states(cell, as_function):
@@ -589,8 +591,8 @@ def test_points_are_dealt_out_to_their_examples_places():
 # ---- convolutions in recurrent loops
 
 
-@pytest.mark.parametrize("rank", [2, pytest.param(1, marks=pytest.mark.slow),
-                                  pytest.param(3, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("rank", [2, pytest.param(1, marks=pytest.mark.more),
+                                  pytest.param(3, marks=pytest.mark.more)])  # fmt: skip
 def test_convolutional_lstms_in_single_precision_do_not_end_the_process(rank):
     program = f"""
 import keras, numpy as np, perjac as pj, tensorflow as tf

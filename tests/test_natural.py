@@ -21,6 +21,8 @@ from perjac.errors import InputError, NotPositiveError, UnknownNameError
 from perjac.fisher import ElasticWeightConsolidation, ElasticWeights
 from perjac.fisher.information import Fisher
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 EXACT = ["auto", "cg", "woodbury", "dense"]
 APPROXIMATE = [m for m in ("diagonal", "kronecker", "eigenbasis") if hasattr(Fisher, m)]
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
@@ -376,7 +378,6 @@ def every_layer() -> keras.Model:
     return keras.Model(ids, layers.Dense(2)(layers.Flatten()(x)))
 
 
-@pytest.mark.slow
 def test_attached_regularisers_are_saved_with_the_model(tmp_path):
     model = every_layer()
     x = rng().integers(0, 5, (6, 4))
@@ -429,7 +430,6 @@ def tasks() -> tuple[tuple, tuple]:
     return tuple(found)
 
 
-@pytest.mark.slow
 def test_an_old_task_is_kept_better_with_it_than_without():
     old, new = tasks()
     accuracy = {}

@@ -27,6 +27,8 @@ from perjac.jobs import Jobs
 from perjac.padding import Sizes
 from perjac.schedules import Schedule, alternatives, rows_together
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RNG = np.random.default_rng(0)
 SCHEDULES = [Schedule(v, x) for v in (True, False) for x in (True, False)]
 
@@ -195,7 +197,6 @@ def test_a_cache_that_cannot_be_written_to_says_so(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.slow
 def test_rows_do_not_depend_on_the_schedule(monkeypatch, name, schedule):
     subject = MODELS[name].make()
     taken(monkeypatch, schedule)
@@ -339,7 +340,6 @@ def test_trials_that_do_not_read_are_made_again(remembered, text):
     assert ran
 
 
-@pytest.mark.slow
 def test_engines_tune_once_for_each_question_and_size(remembered):
     model, x = dense(6, 3), numbers(4, 4)
     said = []
@@ -418,7 +418,6 @@ def test_inspect_makes_no_batch_to_foretell():
         engine.inspect(0)
 
 
-@pytest.mark.slow
 def test_inspect_tells_of_the_tape_and_of_runs(remembered):
     model = dense(64, 10, shape=(32,))
     plan = pj.Engine(model, path="tape").inspect().plan

@@ -14,7 +14,10 @@ from models import Floats, Ids, floats, randomise
 import perjac as pj
 
 few = st.integers(1, 4)
-pytestmark = pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")
+pytestmark = [
+    pytest.mark.slow,  # left out of `make check`
+    pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning"),
+]
 
 
 def check(example: Floats | Ids, stack, batch: int) -> None:

@@ -15,6 +15,8 @@ from models import floats, randomise
 import perjac as pj
 from perjac import cli, live_model, plan, rules, traces
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RNG = np.random.default_rng(0)
 
 
@@ -102,14 +104,14 @@ SABOTAGED = {
 }
 
 
-SLOW = ("normed", "pictures", "recurrent", "attention", "rule in a loop", "order in a loop")
+LONG = ("normed", "pictures", "recurrent", "attention")
 
 
-def quick_and_slow(names):
-    return [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in names]
+def some_and_more(names):
+    return [pytest.param(n, marks=[pytest.mark.more] if n in LONG else []) for n in names]
 
 
-@pytest.mark.parametrize("name", quick_and_slow(SABOTAGED))
+@pytest.mark.parametrize("name", SABOTAGED)
 def test_every_sabotage_is_seen(monkeypatch, name):
     make, shape, sabotage = SABOTAGED[name]
     model, x = built(make), draw(4, *shape)
@@ -206,7 +208,7 @@ def examples(name: str, scale: float = 1.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("policy", ["float32", "float64", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("name", quick_and_slow(RIGHT))
+@pytest.mark.parametrize("name", some_and_more(RIGHT))
 def test_a_right_model_passes_in_every_type(name, policy):
     usual = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -222,7 +224,7 @@ def test_a_right_model_passes_in_every_type(name, policy):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e3, 1e6, 1e30])
-@pytest.mark.parametrize("name", quick_and_slow(name for name in RIGHT if name != "words"))
+@pytest.mark.parametrize("name", some_and_more(name for name in RIGHT if name != "words"))
 def test_no_scale_of_the_examples_makes_a_right_model_fail(name, scale):
     report = pj.Engine(built(RIGHT[name][0])).verify(examples(name, scale))
     assert report.verdict != "failed", str(report)
