@@ -54,6 +54,7 @@ ON_THE_TAPE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @each(ON_THE_TAPE)
 @pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")  # loops go one by one
 def test_tape_path_agrees_with_the_oracle(name):

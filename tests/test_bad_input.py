@@ -291,7 +291,11 @@ def tail(name: str) -> list[layers.Layer]:
 
 @pytest.mark.parametrize(
     ("wrong", "name", "jit"),
-    [(9, "pooled", "auto"), (-10, "pooled", True), (1000, "recurrent", "auto")],
+    [
+        (9, "pooled", "auto"),
+        (-10, "pooled", True),
+        pytest.param(1000, "recurrent", "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_ids_without_a_row_are_named_whatever_runs(wrong, name, jit):
     made, ids = pj.Engine(words(*tail(name)), jit=jit), np.zeros((3, 6), "int32")

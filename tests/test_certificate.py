@@ -361,9 +361,10 @@ def tiny(dtype):
 
 
 FINE = [saturated, dead, zeros, attention, pictures, tiny]
-FINE += [pytest.param(f, marks=pytest.mark.slow, id=f.__name__) for f in (alike, embedded)]
+FINE += [pytest.param(f, marks=pytest.mark.more, id=f.__name__) for f in (alike, embedded)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("make", FINE, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore::perjac.errors.SlowPathWarning")

@@ -26,6 +26,8 @@ from perjac.fisher.estimates import (
     stochastic_logdet,
 )
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 SIZE = 80
 SEEDS = range(40)
 SPECTRA = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -57,6 +58,7 @@ def imported(path: pathlib.Path, *, lazily: bool) -> set[str]:
     return names
 
 
+@functools.cache
 def plan_of_the_house() -> dict[str, set[str]]:
     """Return for each room the rooms it imports, at once or later."""
     doors: dict[str, set[str]] = {}

@@ -7,6 +7,8 @@ import pytest
 import perjac as pj
 from perjac.errors import InputError, OutOfRangeError
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 
 @pytest.fixture(scope="module")
 def net():
