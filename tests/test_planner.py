@@ -100,10 +100,10 @@ def test_rows_swept_together_move_more():
 def test_times_add_up(parts, examples):
     a, b = Cost(*parts[:4]), Cost(*parts[4:])
     rates = Rates(2e9, 3e9, 5e9, 7e9, 1e-6, 1e-4)
-    both = rates.seconds(a, examples) + rates.seconds(b, examples)
-    assert rates.seconds(a + b, examples) == pytest.approx(both)
-    assert rates.seconds(a.times(3, 1), examples) == pytest.approx(
-        3 * rates.seconds(Cost(*parts[:3]), examples) + parts[3] * 1e-6
+    both = a.seconds(rates, examples) + b.seconds(rates, examples)
+    assert (a + b).seconds(rates, examples) == pytest.approx(both)
+    assert a.times(3, 1).seconds(rates, examples) == pytest.approx(
+        3 * Cost(*parts[:3]).seconds(rates, examples) + parts[3] * 1e-6
     )
 
 

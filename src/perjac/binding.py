@@ -10,11 +10,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import files, host, inputs
-from perjac.errors import InputError, NotAModelError, NotBuiltError
+from perjac import host, inputs
+from perjac.errors import FileFormatError, InputError, NotAModelError, NotBuiltError
 from perjac.saved import SavedFunction
 from perjac.sources import Weights, is_variable
 
+# Endings of a model's file.
+_MODELS = {".keras", ".h5", ".hdf5"}
 # Things that are looked at for a plain function's variables.
 _MOST_HELD = 1000
 
@@ -30,7 +32,7 @@ def loaded(model: Any, signature: str | None) -> Any:
         If it is nothing that can be called on a batch.
     """
     if isinstance(model, (str, pathlib.Path)):
-        model = files.load_model(model, signature=signature)
+        model = load_model(model, signature=signature)
     elif signature is not None:
         raise InputError(f"signature={signature!r} goes with the path of a SavedModel.")
     if host.is_layer(model) and not model.built:
@@ -50,6 +52,69 @@ def loaded(model: Any, signature: str | None) -> Any:
             f"Received: {type(model).__name__}."
         )
     return model
+
+
+def load_model(
+    path: str | pathlib.Path,
+    allow_code: bool = False,
+    signature: str | None = None,
+    compiled: bool = False,
+) -> Any:
+    """Load a model, without running Python code from the file unless allowed.
+
+    Parameters
+    ----------
+    path : str or Path
+        A .keras or .h5 file, or the folder of a SavedModel.
+    allow_code : bool
+        Whether Lambda layers in the file may run the Python code stored in it: that code can do
+        anything that you can.
+    signature : str, optional
+        Which function of a SavedModel.
+    compiled : bool
+        Whether to load what the model was compiled with, its loss, too.
+
+    Raises
+    ------
+    FileFormatError
+        If the file does not exist, is of another kind, or cannot be read.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return SavedFunction.of_folder(path, signature)
+    if signature is not None:
+        raise InputError(f"signature={signature!r} is for SavedModels. Received: {path}.")
+    if not path.exists():
+        raise FileFormatError(f"There is no file {path}.")
+    if path.suffix.lower() not in _MODELS:
+        raise FileFormatError(
+            f"Expected a .keras or .h5 file, or a SavedModel's folder. Received: {path}."
+        )
+    try:
+        return _keras_model(path, allow_code, compiled)
+    except FileFormatError as failure:
+        if not compiled:
+            raise
+        _keras_model(path, allow_code, compiled=False)
+        raise FileFormatError(  # the model alone can be read
+            f"{failure} The fault lies in what it was compiled with: name the loss to leave that "
+            "out, for example --loss mse."
+        ) from failure
+
+
+def _keras_model(path: pathlib.Path, allow_code: bool, compiled: bool) -> Any:
+    import keras
+
+    try:
+        return keras.models.load_model(path, compile=compiled, safe_mode=not allow_code)
+    except Exception as failure:  # Keras raises whatever its readers stumble over
+        text = str(failure).partition(" Full object config")[0].strip().splitlines()
+        hint = ""
+        if "safe" in str(failure).lower() and "lambda" in str(failure).lower():
+            hint = " If you trust the file, --allow-code runs the Python code stored in it."
+        raise FileFormatError(
+            f"Cannot read the model {path}: {text[0] if text else type(failure).__name__}{hint}"
+        ) from failure
 
 
 def function_of(model: Any, training: bool) -> Callable[[Any], Any]:

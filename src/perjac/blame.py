@@ -18,8 +18,8 @@ import tensorflow as tf
 from perjac import host
 from perjac.errors import OutOfRangeError, PerjacError
 from perjac.inputs import Batch
-from perjac.sites import upstream
 from perjac.trace import Program, import_program
+from perjac.walk import upstream
 
 _OUT_OF_RANGE = re.compile(
     r"is not in \[0, \d+\)|outside the valid range of \[|does not index into|Index out of range"

@@ -25,9 +25,9 @@ from perjac.reference import OtherShape, Reference, Unreachable, put_back, writt
 from perjac.rounding import rounding
 from perjac.seeds import Seeds, weighted
 from perjac.shapes import known
-from perjac.sites import upstream
 from perjac.sources import Source
 from perjac.trace import Callee, Program
+from perjac.walk import upstream
 
 SCHEDULES = ("schedule", "always", "never")
 # The relative error allowed, by the narrowest type that the model computes in. Of 60 random float32

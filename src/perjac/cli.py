@@ -89,11 +89,12 @@ def _engine(
 ) -> Iterator[tuple[Screen, Any]]:
     """Load a model, with its loss if it is to be the one it was compiled with; keep quiet."""
     with quiet(log) as screen:
-        from perjac import Engine, files
+        from perjac import Engine
+        from perjac.binding import load_model
 
         if allow_code:
             screen.complain("Warning: --allow-code runs the Python code stored in the model file.")
-        yield screen, Engine(files.load_model(model, allow_code, signature, compiled))
+        yield screen, Engine(load_model(model, allow_code, signature, compiled))
 
 
 def _read(screen: Screen, engine: Any, data: str, raw: bool) -> Any:

@@ -1,6 +1,6 @@
 """What a sweep costs before it is run: multiply-adds, bytes moved, operations started.
 
-Counts what the trace says, for one example; must not know what a machine makes of it in a second.
+Counts what the trace says, for one example.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from perjac.adjoints import laid_out
-from perjac.folded import between
+from perjac.device import Rates
 from perjac.shapes import size
-from perjac.sites import upstream
 from perjac.trace import Program
+from perjac.walk import between, upstream
 
 # Operations whose result lies in the memory of their operand.
 VIEWS = ("Reshape", "Identity", "Squeeze", "ExpandDims", "StopGradient")
@@ -52,6 +52,19 @@ class Cost:
             work * self.products, work * self.convolutions, work * self.moved,
             started * self.started,
         )  # fmt: skip
+
+    def seconds(self, rates: Rates, examples: int) -> float:
+        """Return how long this takes a machine for so many examples.
+
+        Examples
+        --------
+        >>> from perjac.device import Rates
+        >>> rates = Rates(1e9, 1e9, 1e9, 1e9, 1e-6, 1e-4)
+        >>> round(Cost(products=1e6, started=100).seconds(rates, 10), 6)
+        0.0101
+        """
+        work = self.products / rates.product + self.convolutions / rates.convolution
+        return examples * (work + self.moved / rates.traffic) + self.started * rates.start
 
 
 def _parts(cost: Cost) -> tuple[float, ...]:

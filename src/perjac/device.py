@@ -17,7 +17,6 @@ from typing import Any
 import tensorflow as tf
 
 from perjac import cache, progress
-from perjac.costs import Cost
 
 # A measurement takes its fastest of some repetitions, as other work on the machine only adds.
 _REPETITIONS, _SECONDS = 5, 0.02
@@ -49,18 +48,6 @@ class Rates:
     fill: float
     start: float
     call: float
-
-    def seconds(self, cost: Cost, examples: int) -> float:
-        """Return how long work takes for so many examples.
-
-        Examples
-        --------
-        >>> rates = Rates(1e9, 1e9, 1e9, 1e9, 1e-6, 1e-4)
-        >>> round(rates.seconds(Cost(products=1e6, started=100), 10), 6)
-        0.0101
-        """
-        work = cost.products / self.product + cost.convolutions / self.convolution
-        return examples * (work + cost.moved / self.traffic) + cost.started * self.start
 
 
 def key(dtype: tf.DType) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import costs, independence, provenance, sites
+from perjac import costs, independence, provenance, sites, walk
 from perjac.chunks import Load
 from perjac.errors import InputError, PathError
 from perjac.inputs import Batch
@@ -92,7 +92,7 @@ class Examined:
 
     def _analysed(self, head: str) -> provenance.Provenance:
         program = self.program
-        needed = sites.upstream(program, [head])
+        needed = walk.upstream(program, [head])
         places = [program.place_of(s.operation) for s in self._flow.sites]
         taps = [t for calls in program.taps.values() for t in calls if t]
         watched = [*places, *taps]
@@ -260,7 +260,7 @@ class Examined:
 
     def _is_small(self, head: str) -> bool:
         made = ("operations", head)
-        count = self.once(made, lambda: len(sites.upstream(self.program, [head])))
+        count = self.once(made, lambda: len(walk.upstream(self.program, [head])))
         return count <= _ONE_PROGRAM
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:

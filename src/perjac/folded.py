@@ -20,6 +20,7 @@ import tensorflow as tf
 from perjac import host
 from perjac.shapes import Extent, known
 from perjac.trace import Program
+from perjac.walk import between
 
 # Axes of an example, at most: rows, folds and the batch come in front, and TensorFlow broadcasts
 # no more than so many together.
@@ -112,28 +113,6 @@ class Passage:
                 tangent = ahead(op, step, _total(arrived[step.below]))
                 arrived.setdefault(step.above, []).append(tangent)
         return _total(arrived[self.top]) if self.top in arrived else None
-
-
-def between(program: Program, top: str, bottoms: Sequence[str]) -> list[tuple[Any, int]]:
-    """Return (operation, operand) of all that lies on a way from the bottoms to the top."""
-    below, wanted = set(bottoms), {top}
-    up = []
-    for op in program.graph.get_operations():  # creation order is topological
-        if op.type != "StopGradient" and any(t.name in below for t in op.inputs):
-            up.append((op, [n for n, t in enumerate(op.inputs) if t.name in below]))
-            below.update(t.name for t in op.outputs)
-    steps = []
-    for op, operands in reversed(up):
-        if any(t.name in wanted for t in op.outputs):
-            moving = [n for n in operands if _can_move(op.inputs[n])]
-            steps += [(op, n) for n in moving]
-            wanted.update(op.inputs[n].name for n in moving)
-    return steps[::-1]
-
-
-def _can_move(tensor: Any) -> bool:
-    """Tell whether derivatives go through a tensor: of numbers, or of a list of them."""
-    return not (tensor.dtype.is_integer or tensor.dtype.is_bool)
 
 
 def is_plain(op: Any) -> bool:

@@ -15,8 +15,9 @@ import tensorflow as tf
 from perjac import host
 from perjac.errors import ExamplesMeetError
 from perjac.precision import EPSILON
-from perjac.sites import Flow, upstream
+from perjac.sites import Flow
 from perjac.trace import Program
+from perjac.walk import upstream
 
 # How far, relative to the largest number, an example alone may be from the same among others.
 _ALONE = 1e-3

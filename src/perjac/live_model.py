@@ -18,9 +18,9 @@ from perjac import host, precision
 from perjac.errors import InputError
 from perjac.naming import link_of
 from perjac.normalise import flatten
-from perjac.sites import upstream
 from perjac.sources import Weights
 from perjac.trace import Program, collect, import_program
+from perjac.walk import upstream
 
 # How far outputs in float64 may be from the model's own, before they are those of another model.
 _SAME = 0.05

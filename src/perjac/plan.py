@@ -23,9 +23,10 @@ from perjac.roots import ROOTS
 from perjac.route import Route
 from perjac.routing import Routing
 from perjac.shapes import known, size
-from perjac.sites import Flow, Site, upstream
+from perjac.sites import Flow, Site
 from perjac.sources import Source
 from perjac.trace import Program
+from perjac.walk import upstream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from perjac.costs import entries_of, multiply_adds
-from perjac.folded import ENTRY_BY_ENTRY, Passage, between, is_plain
+from perjac.folded import ENTRY_BY_ENTRY, Passage, is_plain
 from perjac.route import Leg, Route
 from perjac.trace import Program
+from perjac.walk import between
 
 # Another way than rows must promise so much fewer multiply-adds: it has costs of its own.
 _GAIN = 1.5

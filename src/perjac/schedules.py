@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from perjac import device
 from perjac.costs import backward, forward
-from perjac.sites import upstream
 from perjac.trace import Program
+from perjac.walk import upstream
 
 # Unrolled, every row adds its own backward pass to the graph: quick to run (35 ms against 83 for
 # pfor on a small CNN), slow to trace (7.5 s against 2.5 for ten rows of ResNet50). Above this many
@@ -80,7 +80,7 @@ class Schedule:
         cost = forward(program, head) + back.times(count, count if unrolled else 1)
         if self.xla:
             cost = dataclasses.replace(cost, moved=_FUSED * cost.moved, started=0.0)
-        return rates.call + rates.seconds(cost, examples)
+        return rates.call + cost.seconds(rates, examples)
 
 
 def rows_at_once(program: Program, count: int) -> int:

@@ -127,18 +127,6 @@ def _walk(
     return data, values, params, meetings
 
 
-def upstream(program: Program, tensors: Iterable[str]) -> set[str]:
-    """Return the names of the operations that the tensors depend on."""
-    found: set[str] = set()
-    stack = [program.graph.get_tensor_by_name(name).op for name in tensors]
-    while stack:
-        op = stack.pop()
-        if op.name not in found:
-            found.add(op.name)
-            stack.extend(t.op for t in op.inputs)
-    return found
-
-
 def _is_known(tensor: Any) -> bool:
     """Tell whether a tensor of integers is fixed by the shapes alone, whatever the batch."""
     if not (tensor.dtype.is_integer or tensor.dtype.is_bool):

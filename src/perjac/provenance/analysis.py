@@ -26,8 +26,9 @@ from perjac.host import goes_its_own_way
 from perjac.provenance.frames import CALLS, Frame, frame, gradient_frame
 from perjac.provenance.owners import Owners
 from perjac.provenance.registry import RULES, Found, Unclear
-from perjac.sites import Flow, upstream
+from perjac.sites import Flow
 from perjac.trace import Program
+from perjac.walk import upstream
 
 _ITERATIONS = 30  # of a loop's owners, at most, before they no longer change
 

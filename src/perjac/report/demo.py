@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from perjac.drawing import new_figure
 from perjac.errors import missing_extra
 from perjac.report import fisher
 from perjac.report.page import picture, render
@@ -151,7 +152,7 @@ def _class_grid(maps: Any, labels: np.ndarray) -> Any:
     values, x = np.asarray(maps.values), np.asarray(maps.x)
     predicted = np.asarray(maps.outputs).argmax(1)
     count, classes = values.shape[:2]
-    figure = figures.new_figure(1.0 * (classes + 1), 1.06 * count + 0.25)
+    figure = new_figure(1.0 * (classes + 1), 1.06 * count + 0.25)
     grid = figure.subplots(count, classes + 1, squeeze=False)
     for n, row in enumerate(grid):
         figures.show(row[0], x[n])
@@ -175,7 +176,7 @@ def _gallery(
     order = np.argsort(-norms)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    figure = figures.new_figure(1.15 * _GALLERY, 3.9)
+    figure = new_figure(1.15 * _GALLERY, 3.9)
     grid = figure.subplots(2, _GALLERY)
     for row, chosen in zip(grid, (order[:_GALLERY], order[::-1][:_GALLERY]), strict=True):
         for axes, n in zip(row, chosen, strict=True):
@@ -194,7 +195,7 @@ def _gallery(
 
 
 def _spread(norms: np.ndarray, right: np.ndarray) -> Any:
-    figure = figures.new_figure(8, 2.6)
+    figure = new_figure(8, 2.6)
     axes = figure.subplots()
     bins = np.linspace(norms.min(), norms.max(), 31)
     axes.hist(norms[right], bins, color="#92b4d4", label="right")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from perjac.drawing import new_figure
 from perjac.errors import InputError
 from perjac.fisher.form import Form
-from perjac.saliency.figures import new_figure
 
 # The colours of the maps: blue for what there is, red for what is pointed at.
 _RED, _BLUE, _PALE, _INK, _SOFT = "#b2182b", "#2166ac", "#92b4d4", "#1c2430", "#5b6675"

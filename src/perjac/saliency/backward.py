@@ -20,9 +20,9 @@ from perjac.loops import LOOPS
 from perjac.naming import before_link
 from perjac.saliency.explained import Explained
 from perjac.shapes import size
-from perjac.sites import upstream
 from perjac.trace import Program
 from perjac.traced import Traced
+from perjac.walk import upstream
 
 # One for each output or operand, None where nothing arrives.
 Parts = list[Any]

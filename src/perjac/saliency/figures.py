@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from perjac.errors import InputError, missing_extra
+from perjac.drawing import new_figure
+from perjac.errors import InputError
 from perjac.saliency import pictures
 from perjac.saliency.pictures import PERCENTILE, limit
 
-__all__ = ["PERCENTILE", "Example", "draw", "limit", "new_figure", "overlay", "show"]
+__all__ = ["PERCENTILE", "Example", "draw", "limit", "overlay", "show"]
 
 _FEATURES, _COLUMNS, _MOST, _LINES = 15, 6, 60, 8
 _RED, _BLUE, _INK = "#b2182b", "#2166ac", "#1c2430"
@@ -76,18 +77,6 @@ class Example:
             titles[_MOST - 1] += f"\n(of {len(maps)} maps)"
             maps = maps[:_MOST]
         return dataclasses.replace(self, maps=maps, titles=titles, framed=None, channels="sum")
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib Figure that draws to files, in inches."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as failure:
-        raise missing_extra("Drawing pictures", "report", failure) from failure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def draw(example: Example, kind: str, title: str) -> Any:

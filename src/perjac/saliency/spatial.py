@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import host, sites
+from perjac import host, walk
 from perjac.engine import Engine
 from perjac.errors import InputError, UnknownNameError
 from perjac.inputs import Batch
@@ -86,7 +86,7 @@ def _place(program: Program, head: str, wanted: Activation | None) -> Place:
 def _last(program: Program, head: str) -> Activation:
     """Return the last layer on the way to `head` that convolves, and has more than one position."""
     order = {op.name: n for n, op in enumerate(program.graph.get_operations())}
-    needed = sites.upstream(program, [head])
+    needed = walk.upstream(program, [head])
     taps = _taps(program)
     found: dict[int, Activation] = {}
     for name, (layer, call) in taps.items():
@@ -109,7 +109,7 @@ def _joined(program: Program, found: dict[int, Activation], order: dict[str, int
     """Return the last of the convolutions, or where it meets others that run beside it."""
     last = found[max(found)]
     names = {name for name, at in order.items() if at in found}
-    if names <= sites.upstream(program, [program.tap(last)]):
+    if names <= walk.upstream(program, [program.tap(last)]):
         return last
     for _, layer, call in sorted(
         (order[_tensor(program, t).op.name], layer, call)
@@ -118,7 +118,7 @@ def _joined(program: Program, found: dict[int, Activation], order: dict[str, int
         and _is_grid(program, _tensor(program, t))
     ):
         activation = _activation(program, layer, call)
-        if names <= sites.upstream(program, [program.tap(activation)]):
+        if names <= walk.upstream(program, [program.tap(activation)]):
             return activation
     return last
 
@@ -178,7 +178,7 @@ def _channels(tensor: Any) -> int:
 def _input_of(program: Program, tensor: Any, channels: int) -> tuple[int, int]:
     """Return the input under a layer's grid, and which of its axes is the channels'."""
     spatial = tensor.shape.rank - 2
-    needed = sites.upstream(program, [tensor.name])
+    needed = walk.upstream(program, [tensor.name])
     under = [
         n
         for n, name in enumerate(program.inputs)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from perjac.drawing import new_figure
 from perjac.engine import Engine
 from perjac.errors import InputError, UnknownNameError, nearest
-from perjac.saliency import figures
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.fidelity import infidelity
@@ -85,7 +85,7 @@ class Comparison:
     def figure(self) -> Any:
         """Draw a panel for each metric, a bar for each method; return a matplotlib Figure."""
         metrics, methods = self.metrics, list(self.scores)
-        figure = figures.new_figure(2.6 * len(metrics) + 1, 0.35 * len(methods) + 1.1)
+        figure = new_figure(2.6 * len(metrics) + 1, 0.35 * len(methods) + 1.1)
         grid = figure.subplots(1, len(metrics), squeeze=False, sharey=True).ravel()
         for axes, metric in zip(grid, metrics, strict=True):
             means = [self.mean(method, metric) for method in methods]

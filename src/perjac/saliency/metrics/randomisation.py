@@ -12,10 +12,11 @@ import scipy.ndimage
 import scipy.stats
 import tensorflow as tf
 
-from perjac import host, sites
+from perjac import host, sites, walk
+from perjac.drawing import new_figure
 from perjac.engine import Engine
 from perjac.errors import InputError
-from perjac.saliency import figures, pictures
+from perjac.saliency import pictures
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import in_rows, same_target
@@ -68,7 +69,7 @@ class Randomisation:
 
     def figure(self) -> Any:
         """Draw the mean similarities, layer by layer; return a matplotlib Figure."""
-        figure = figures.new_figure(5, 3.2)
+        figure = new_figure(5, 3.2)
         axes = figure.subplots()
         for name, values in self.similarity.items():
             axes.plot(values.reshape(len(values), -1).mean(1), marker="o", label=name)
@@ -176,7 +177,7 @@ def _layers(engine: Engine, x: Any, of: Any) -> dict[str, list[tf.Variable]]:
     """Return the weights on the way to the output by layer, the last to meet the data first."""
     traced, names = engine.traces.of(engine.traces.prepare(x))
     program, weights = traced.program, engine.traces.weights
-    needed = sites.upstream(program, [names.head(of)])
+    needed = walk.upstream(program, [names.head(of)])
     at = {op.name: n for n, op in enumerate(program.graph.get_operations())}
     last: dict[int, int] = {}
     for site in sites.flow(program).sites:

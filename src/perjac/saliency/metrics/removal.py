@@ -9,9 +9,10 @@ import numpy as np
 import scipy.integrate
 import tensorflow as tf
 
+from perjac.drawing import new_figure
 from perjac.engine import Engine
 from perjac.errors import check_counts
-from perjac.saliency import figures, pictures
+from perjac.saliency import pictures
 from perjac.saliency.attribution import Attribution
 from perjac.saliency.baselines import starts
 from perjac.saliency.bound import takes_model
@@ -48,7 +49,7 @@ class Curve:
 
     def figure(self) -> Any:
         """Draw the examples' curves and their mean; return a matplotlib Figure."""
-        figure = figures.new_figure(4.5, 3.2)
+        figure = new_figure(4.5, 3.2)
         axes = figure.subplots()
         flat = self.curves.reshape(-1, len(self.fractions))
         axes.plot(self.fractions, flat[:64].T, color="0.8", linewidth=0.7)
