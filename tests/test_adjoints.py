@@ -8,7 +8,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perjac.adjoints import quickened
+from perjac._core.graph.thin_convolutions import quickened
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ from keras import layers
 
 import perjac as pj
 from perjac.errors import DisconnectedWarning, InputError, OutOfRangeError, UnknownNameError
-from perjac.saliency.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+from perjac.saliency.lrp_rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -511,7 +511,7 @@ def test_chunks_do_not_change_the_result(method, monkeypatch):
     model = convolutional()
     x = random(5, 6, 5, 2)
     whole = method(pj.Engine(model), x, "all")
-    monkeypatch.setattr("perjac.saliency.explained._POINTS", 2)
+    monkeypatch.setattr("perjac.saliency._problem._POINTS", 2)
     parts = method(pj.Engine(model), x, "all")
     close(parts.values, whole.values, 1e-6)
     for layer, entry in whole.facts.get("layers", {}).items():

@@ -14,7 +14,9 @@ import tensorflow as tf
 from keras import layers
 
 import perjac as pj
-from perjac import cli, errors, memory
+from perjac import errors
+from perjac._core.backend import memory
+from perjac.cli import main
 from perjac.saliency import METHODS, metrics
 
 NAN = float("nan")
@@ -513,7 +515,7 @@ def test_commands_end_with_one_line_and_status_2(monkeypatch, capfd, tmp_path, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["perjac", command, "model.keras", "x.npy", *arguments])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     complaint = capfd.readouterr().err
     assert stop.value.code == 2
     assert "Traceback" not in complaint

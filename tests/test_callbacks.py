@@ -16,7 +16,7 @@ from perjac.errors import (
     PerjacWarning,
     UnknownNameError,
 )
-from perjac.saliency import pictures
+from perjac.saliency import _pictures
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -260,11 +260,11 @@ def test_maps_are_logged_beside_the_inputs(tmp_path):
     np.testing.assert_allclose(small[:, :, : 5 * times : times, :1], X[:4] * 255, atol=1)
     values = att.reduce()
     for n in range(4):
-        end = pictures.limit(values[n])
-        expected = pictures.PALETTE[pictures.numbers(values[n], end)].astype(int)
+        end = _pictures.limit(values[n])
+        expected = _pictures.PALETTE[_pictures.numbers(values[n], end)].astype(int)
         found = small[n, :, 5 * times + 4 :: times]
         assert np.abs(found - expected).max() <= 4  # a colour next to it, where rounding falls so
-    ends = [pictures.limit(value) for value in values]
+    ends = [_pictures.limit(value) for value in values]
     np.testing.assert_allclose(logged["saliency_scale/gradient"][1], np.mean(ends), rtol=1e-4)
     assert not np.array_equal(images(logged, "saliency/gradient", 0), shown)  # it did learn
 
@@ -307,7 +307,7 @@ def test_maps_of_words_and_of_logits(tmp_path):
     att = pj.saliency.gradient(
         pj.Engine(model), x[:3], [0, 2, 1], of="logits", wrt=pj.activation("embed")
     )
-    ends = [pictures.limit(value) for value in np.asarray(att.values)]
+    ends = [_pictures.limit(value) for value in np.asarray(att.values)]
     scale = read(tmp_path, "saliency")["saliency_scale/gradient"][0]
     np.testing.assert_allclose(scale, np.mean(ends), rtol=1e-4)
 

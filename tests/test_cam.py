@@ -391,6 +391,6 @@ def test_results_do_not_depend_on_chunks(monkeypatch):
     model, x = network(*NETWORKS[2]), random(5, 10, 9, 3)
     engine = pj.Engine(model)
     whole = pj.saliency.gradcam(engine, x, "all").values
-    monkeypatch.setattr("perjac.saliency.explained._POINTS", 2)
+    monkeypatch.setattr("perjac.saliency._problem._POINTS", 2)
     parts = pj.saliency.gradcam(engine, x, "all").values
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)

@@ -12,12 +12,16 @@ import pytest
 import tensorflow as tf
 
 import perjac as pj
-from perjac import certificate, plan, pullback, reference, rounding, rules, seeds, trace
+from perjac._core import rules
+from perjac._core.autodiff import parametrization, seeds
+from perjac._core.autodiff.tape import Tape
+from perjac._core.factors.reductions import Squares
+from perjac._core.graph import program, rounding
+from perjac._core.graph.provenance import Order
+from perjac._core.model.fingerprint import Fingerprint
+from perjac._core.planning import decisions
+from perjac._core.runtime import certificate, reference
 from perjac.errors import CertificateError, CertificateWarning, PathError, SlowPathWarning
-from perjac.fingerprint import Fingerprint
-from perjac.provenance import Order
-from perjac.questions import Squares
-from perjac.tape import Tape
 
 L = keras.layers
 RNG = np.random.default_rng(0)
@@ -79,9 +83,9 @@ def wrong_rule(monkeypatch):
 
 
 def wrong_order(monkeypatch):
-    right = plan._bind
+    right = decisions._bind
     monkeypatch.setattr(
-        plan,
+        decisions,
         "_bind",
         lambda program, site, op, batch, order: right(program, site, op, batch, Order()),
     )
@@ -92,10 +96,10 @@ def wrong_parametrisation(monkeypatch):
     def pulled(parametrised, values):
         return {
             n: tf.reverse(rows, [-1])
-            for n, rows in pullback.pull_back(parametrised, values).items()
+            for n, rows in parametrization.pull_back(parametrised, values).items()
         }
 
-    monkeypatch.setattr(plan, "pull_back", pulled)
+    monkeypatch.setattr(decisions, "pull_back", pulled)
     model = normalised()
     model.layers[1].gamma.assign(data(4))
     return model, data(4, 5)
@@ -109,12 +113,12 @@ def wrong_seeds(monkeypatch):
 
 
 def wrong_trace(monkeypatch):
-    right = trace.Program.replay
+    right = program.Program.replay
 
     def other(self, inputs, *rest, **more):
         return right(self, [tf.abs(t) for t in inputs], *rest, **more)
 
-    monkeypatch.setattr(trace.Program, "replay", other)
+    monkeypatch.setattr(program.Program, "replay", other)
     return mlp(), data(4, 5)
 
 

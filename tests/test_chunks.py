@@ -21,12 +21,14 @@ from oracle import assert_agree, loss_rows, weight_rows
 from small_models import *  # noqa: F403  (enters its models)
 
 import perjac as pj
-from perjac import chunks, device, memory, questions, seeds
-from perjac.chunks import Load
-from perjac.combination import join_examples
+from perjac._core.autodiff import seeds
+from perjac._core.backend import machine, memory
+from perjac._core.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero, reductions
+from perjac._core.factors.combine import join_examples
+from perjac._core.factors.reductions import SideMoments, Squares
+from perjac._core.planning import memory_model
+from perjac._core.planning.memory_model import Load
 from perjac.errors import DisconnectedWarning, NotFiniteError, TooLargeError
-from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Zero
-from perjac.questions import SideMoments, Squares
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -200,7 +202,7 @@ def test_examples_are_counted_through_the_runs():
 
 def test_rows_swept_together_keep_their_number(monkeypatch):
     """Where 9 rows are swept 5 at a time, a factor still knows how many there are."""
-    monkeypatch.setattr("perjac.schedules._UNROLLED_OPERATIONS", 0)
+    monkeypatch.setattr("perjac._core.planning.schedule._UNROLLED_OPERATIONS", 0)
     model = MODELS["lenet"].build()
     jac = pj.Engine(model).jacobian(np.zeros((64, 28, 28, 1), "float32"), outputs=list(range(9)))
     assert {factor.row_count for factor in jac._factors.values()} == {9}
@@ -267,11 +269,11 @@ def test_joined_factors_are_written_beside_one_another():
 def test_without_a_limit_chunks_are_bounded_too(monkeypatch):
     load = Load(10, True, 2**20, 2**20, held=2**20)
     monkeypatch.setattr(memory, "available", lambda: 2**40)
-    assert load.room(2**14, None) == chunks.MOST
+    assert load.room(2**14, None) == memory_model.MOST
     monkeypatch.setattr(memory, "available", lambda: 2**30)
     assert load.room(2**9, None) == int(0.8 * 2**30) - 2**29
     monkeypatch.setattr(memory, "available", lambda: None)
-    assert load.room(2**14, None) == chunks.MOST
+    assert load.room(2**14, None) == memory_model.MOST
 
 
 @pytest.mark.parametrize(("free", "together"), [(2**50, 16), (2**35, 8), (2**33, 3), (2**31, 1)])
@@ -290,7 +292,7 @@ def test_a_few_large_examples_are_swept_together_where_there_is_memory(monkeypat
 @pytest.mark.parametrize("operations", [0, 10**9], ids=["together", "one by one"])
 @pytest.mark.parametrize("wrt", ["weights", "inputs"])
 def test_no_more_memory_is_taken_than_foretold(name, operations, wrt, monkeypatch):
-    monkeypatch.setattr("perjac.schedules._UNROLLED_OPERATIONS", operations)
+    monkeypatch.setattr("perjac._core.planning.schedule._UNROLLED_OPERATIONS", operations)
     examples = 64 if name == "lenet" else 4096
     model = MODELS[name].build()
     engine = pj.Engine(model)
@@ -303,7 +305,7 @@ def test_no_more_memory_is_taken_than_foretold(name, operations, wrt, monkeypatc
     load = traced._task(head, sources, examples, chosen)[0].load
     ask = functools.partial(traced.answers, head, sources, batch, chosen, None)
     ask()
-    assert 2**18 < device.peak(ask) <= load.passing(examples, chunks.MOST)
+    assert 2**18 < machine.peak(ask) <= load.passing(examples, memory_model.MOST)
 
 
 ASKED = {
@@ -323,13 +325,13 @@ NOT_ONCE = ("gram",)  # has to know how many rows there are
 @pytest.mark.parametrize("asked", ASKED)
 def test_queries_are_traced_for_any_number_of_examples(name, asked, monkeypatch):
     engine, x, *_ = whole(name)
-    traced, plain, ask = [], questions.host.compiled, ASKED[asked]
+    traced, plain, ask = [], reductions.host.compiled, ASKED[asked]
 
     def counted(question, **options):
         return plain(lambda *factors: traced.append(question) or question(*factors), **options)
 
-    monkeypatch.setattr(questions.host, "compiled", counted)
-    questions.query.cache_clear()
+    monkeypatch.setattr(reductions.host, "compiled", counted)
+    reductions.query.cache_clear()
     found = {}
     for size in (4, 6, 5, 1, 7):
         part = engine.jacobian(tf.nest.map_structure(lambda leaf, n=size: leaf[:n], x))
@@ -339,9 +341,9 @@ def test_queries_are_traced_for_any_number_of_examples(name, asked, monkeypatch)
     assert traced
     assert (len(traced) == twice) == (asked not in NOT_ONCE)
     for part, answer in found.values():
-        questions.query.cache_clear()
+        reductions.query.cache_clear()
         close(answer, ask(part))
-    questions.query.cache_clear()
+    reductions.query.cache_clear()
 
 
 def test_what_has_to_know_a_length_is_traced_for_each():
@@ -351,12 +353,12 @@ def test_what_has_to_know_a_length_is_traced_for_each():
         traced.append(x.shape)
         return x * np.ones(x.shape[0])[:, None]
 
-    made = questions.host.compiled(tiled, grows=True)
+    made = reductions.host.compiled(tiled, grows=True)
     for length in (2, 3, 4, 3):
         x = tf.constant(np.arange(length * 2.0).reshape(length, 2))
         np.testing.assert_array_equal(made(x), x)
     assert [shape for shape in traced if shape[0]] == [(2, 2), (3, 2), (4, 2)]
-    both = questions.host.compiled(lambda x, s: tf.reduce_sum(x, 0) * s, grows=True)
+    both = reductions.host.compiled(lambda x, s: tf.reduce_sum(x, 0) * s, grows=True)
     for length in (2, 3, 5):  # a number has no length
         np.testing.assert_array_equal(
             both(tf.ones([length, 2]), tf.constant(2.0)), [2 * length] * 2

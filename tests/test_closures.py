@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import perjac as pj
-from perjac.closures import identity
+from perjac._core.model.closures import identity
 from perjac.errors import InputError
 
 RNG = np.random.default_rng(0)

@@ -12,10 +12,12 @@ from keras import layers
 from models import Floats, Ids, floats, randomise
 
 import perjac as pj
-from perjac import compiling, patches, progress
-from perjac.compiling import compiles_whole, why_not
+from perjac import progress
+from perjac._core.backend import xla
+from perjac._core.backend.xla import compiles_whole, why_not
+from perjac._core.factors import patches
+from perjac._core.factors.reductions import Squares
 from perjac.errors import SlowPathWarning
-from perjac.questions import Squares
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -52,7 +54,7 @@ def test_windows_are_laid_out_for_xla(monkeypatch, jit):
     under_xla, rows = [], patches.Patches.rows
 
     def noted(self, delta):
-        under_xla.append(compiling.is_for_xla())
+        under_xla.append(xla.is_for_xla())
         return rows(self, delta)
 
     monkeypatch.setattr(patches.Patches, "rows", noted)

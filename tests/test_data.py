@@ -13,7 +13,7 @@ import scipy.special
 import tensorflow as tf
 
 import perjac as pj
-from perjac.data import batches, pairs
+from perjac.data import _batches, _products
 from perjac.errors import (
     FileFormatError,
     InputError,
@@ -115,9 +115,9 @@ def test_nothing_is_typical_where_the_mean_gradient_is_zero():
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 @pytest.mark.parametrize("measure", ["cosine", "dot"])
-@pytest.mark.parametrize("share", [pairs._SHARE, 1e-12], ids=["together", "one by one"])
+@pytest.mark.parametrize("share", [_products._SHARE, 1e-12], ids=["together", "one by one"])
 def test_similar_keeps_the_nearest_of_all_products(net, monkeypatch, batch_size, measure, share):
-    monkeypatch.setattr(pairs, "_SHARE", share)
+    monkeypatch.setattr(_products, "_SHARE", share)
     engine, x, y, rows = net
     queries, labels = made_up(6, seed=3)
     own = slow_rows(engine.model, queries, labels)
@@ -533,7 +533,7 @@ def test_an_error_says_from_where_examples_are_counted(net):
 
 
 def test_batches_hold_every_example_once():
-    examples = batches.Examples.of({"a": np.arange(7)}, None)
+    examples = _batches.Examples.of({"a": np.arange(7)}, None)
     parts = [(where, batch) for where, batch in examples.batches(3)]
     assert [batch.size for _, batch in parts] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate([b.x["a"] for _, b in parts]), np.arange(7))

@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 import perjac as pj
 from perjac.errors import InputError, NotConvergedError
 from perjac.fisher import lanczos
-from perjac.fisher.estimates import (
+from perjac.fisher.stochastic import (
     Estimate,
     hutchpp_trace,
     spectral_density,

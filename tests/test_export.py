@@ -13,7 +13,8 @@ import tensorflow as tf
 from keras import layers
 
 import perjac as pj
-from perjac import patches, pjrt
+from perjac import pjrt
+from perjac._core.factors import patches
 
 pytestmark = pytest.mark.slow
 

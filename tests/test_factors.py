@@ -6,12 +6,11 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perjac import sketch
-from perjac.combination import combine, join_rows
-from perjac.explanation import Explanation
-from perjac.factors import Explicit, Grouped, Lookup, Outer, Sum, Way, Zero
-from perjac.layout import Relabelling
-from perjac.patches import Patches
+from perjac._core.backend.axis_layout import Relabelling
+from perjac._core.factors import Explicit, Grouped, Lookup, Outer, Sum, Way, Zero, random_projection
+from perjac._core.factors.combine import combine, join_rows
+from perjac._core.factors.explain import Explanation
+from perjac._core.factors.patches import Patches
 
 KINDS = ["explicit", "zero", "outer", "outer_over_positions", "patches", "grouped", "lookup", "sum"]
 
@@ -190,10 +189,10 @@ def test_rows_that_are_all_the_same_do_not_deviate(kind):
 
 @by_kind
 @SHAPES
-@pytest.mark.parametrize("sketched", sketch.KINDS)
+@pytest.mark.parametrize("sketched", random_projection.KINDS)
 def test_projections_are_those_of_the_rows(sketched, kind, seed, sizes):
     factor, rows = plain(kind, Draw(seed, sizes))
-    drawn = sketch.draw({"w": factor.sides}, 6, seed, sketched, tf.float64)["w"]
+    drawn = random_projection.draw({"w": factor.sides}, 6, seed, sketched, tf.float64)["w"]
     found = factor.project(drawn)
     lead, laid_out = rows.shape[:2], factor.layout.apply(tf.constant(rows), lead=2).numpy()
     close(found, Explicit(factor.layout, tf.constant(laid_out)).project(drawn))
@@ -204,7 +203,7 @@ def test_projections_are_those_of_the_rows(sketched, kind, seed, sizes):
 
 def by_formula(rows: np.ndarray, left, right) -> np.ndarray:
     """Project matrices (B, K, I, O): rᵀ J q / √dim; or signed sums of what falls into a bucket."""
-    if isinstance(left, sketch.Normal):
+    if isinstance(left, random_projection.Normal):
         products = np.einsum("bkio,im,om->bkm", rows, left.matrix, right.matrix)
         return products / np.sqrt(products.shape[-1])
     buckets = np.add.outer(left.buckets.numpy(), right.buckets.numpy()) % left.dim
@@ -300,7 +299,7 @@ def test_large_rows_are_formed_example_by_example_with_the_same_answers(monkeypa
     factor = Draw(0, (3, 2, 6, 1, 5, 4)).outer_over_positions()
     patches = Draw(1, (3, 2, 2, 1, 3, 4)).patches()
     at_once = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
-    monkeypatch.setattr("perjac.factors.base.FORM_AT_ONCE", 0)
+    monkeypatch.setattr("perjac._core.factors.base.FORM_AT_ONCE", 0)
     monkeypatch.setattr(Outer, "ways", lambda self, question: [Way("form I×O", 1, 1, True)])
     one_by_one = [(f.squared_norms(), f.diagonal(), f.gram(f)) for f in (factor, patches)]
     for a, b in zip(tf.nest.flatten(at_once), tf.nest.flatten(one_by_one), strict=True):

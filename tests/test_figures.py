@@ -10,7 +10,7 @@ from PIL import Image
 
 import perjac as pj
 from perjac.errors import InputError, OutOfRangeError, UnknownNameError
-from perjac.saliency import Attribution, pictures
+from perjac.saliency import Attribution, _pictures
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -37,22 +37,22 @@ def texts(figure):
 
 
 def test_the_scale_is_symmetric_and_zero_is_nearly_white():
-    numbers = pictures.numbers(np.array([-9.0, -1, -0.5, 0, 0.5, 1, 9]), 1.0)
+    numbers = _pictures.numbers(np.array([-9.0, -1, -0.5, 0, 0.5, 1, 9]), 1.0)
     np.testing.assert_array_equal(numbers, [1, 1, 64, 128, 192, 255, 255])
-    assert pictures.PALETTE[128].min() > 240
-    red, _, blue = pictures.PALETTE[225].astype(int)
+    assert _pictures.PALETTE[128].min() > 240
+    red, _, blue = _pictures.PALETTE[225].astype(int)
     assert red > 2 * blue
-    red, _, blue = pictures.PALETTE[30].astype(int)
+    red, _, blue = _pictures.PALETTE[30].astype(int)
     assert blue > 2 * red
-    assert pictures.colour(1.0, 1.0) == ("#67001f", "#ffffff")
-    assert pictures.colour(0.0, 1.0)[1] == "#1c2430"
+    assert _pictures.colour(1.0, 1.0) == ("#67001f", "#ffffff")
+    assert _pictures.colour(0.0, 1.0)[1] == "#1c2430"
 
 
 def test_one_pixel_does_not_bleach_the_rest():
     values = np.append(np.full(999, 0.5), 1e6)
-    assert pictures.limit(values) == 0.5
-    assert pictures.limit(np.zeros(4)) == 1.0
-    assert pictures.limit(np.append(np.zeros(999), 2.0)) == 2.0
+    assert _pictures.limit(values) == 0.5
+    assert _pictures.limit(np.zeros(4)) == 1.0
+    assert _pictures.limit(np.append(np.zeros(999), 2.0)) == 2.0
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -60,22 +60,22 @@ def test_images_of_any_range_look_alike(channels):
     image = rng.integers(0, 256, (5, 4, channels)).astype("uint8")
     image[0, 0], image[0, 1] = 0, 255
     image[..., 3:] = 255
-    shown = pictures.rgb(image)
+    shown = _pictures.rgb(image)
     assert shown.shape == (5, 4, 3)
     expected = image[..., : min(channels, 3)] / 255
     np.testing.assert_allclose(shown, np.broadcast_to(expected, shown.shape), atol=1e-12)
     for same in (image.astype("float32"), image / 255.0, image.astype("int64")):
-        np.testing.assert_allclose(pictures.rgb(same), shown, atol=1e-6)
+        np.testing.assert_allclose(_pictures.rgb(same), shown, atol=1e-6)
     if channels < 4:  # an opacity has no other range
-        np.testing.assert_allclose(pictures.rgb(image / 127.5 - 1), shown, atol=1e-6)
-    assert pictures.rgb(np.full((2, 2, 3), -7.0)).max() == 0
-    assert pictures.rgb(rng.standard_normal((4, 4, 9))).shape == (4, 4, 3)
+        np.testing.assert_allclose(_pictures.rgb(image / 127.5 - 1), shown, atol=1e-6)
+    assert _pictures.rgb(np.full((2, 2, 3), -7.0)).max() == 0
+    assert _pictures.rgb(rng.standard_normal((4, 4, 9))).shape == (4, 4, 3)
 
 
 def test_transparent_pixels_show_white():
     image = np.zeros((1, 2, 4))
     image[0, 1, 3] = 1
-    np.testing.assert_array_equal(pictures.rgb(image)[0, :, 0], [1, 0])
+    np.testing.assert_array_equal(_pictures.rgb(image)[0, :, 0], [1, 0])
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_transparent_pixels_show_white():
      ((4, 4, 512), -1), ((4, 9, 3), -1), ((2, 8, 8, 1), -1), ((1, 8, 8, 8), -4), ((7, 7, 64), -1)],
 )  # fmt: skip
 def test_where_channels_are(shape, axis):
-    assert pictures.channel_axis(shape) == axis
+    assert _pictures.channel_axis(shape) == axis
 
 
 def test_data_format_overrides_the_guess():
-    assert pictures.channel_axis((8, 16, 16), "channels_first") == -3
-    assert pictures.channel_axis((3, 8, 9), "channels_last") == -1
+    assert _pictures.channel_axis((8, 16, 16), "channels_first") == -3
+    assert _pictures.channel_axis((3, 8, 9), "channels_last") == -1
     with pytest.raises(InputError, match="'channels_last' or 'channels_first'. Received: 'nchw'"):
-        pictures.channel_axis((3, 8, 9), "nchw")
+        _pictures.channel_axis((3, 8, 9), "nchw")
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -127,7 +127,7 @@ def test_the_classes_have_a_grid_with_the_one_predicted_framed():
     ]
     assert framed == [f"output {att.outputs[1].argmax()}"]
     assert [axes.get_title() for axes in figure.axes[:6]] == ["input", *att.titles(1)]
-    end = pictures.limit(att.maps[1].sum(-1))
+    end = _pictures.limit(att.maps[1].sum(-1))
     for n, axes in enumerate(figure.axes[1:6]):
         (drawn,) = axes.images
         np.testing.assert_array_equal(drawn.get_array(), att.values[1, n].sum(-1))
@@ -154,7 +154,7 @@ def test_the_picture_says_what_its_colours_mean():
 def test_an_overlay_is_grey_where_nothing_is_and_coloured_where_something_is():
     values = np.zeros((4, 4))
     values[1, 2], values[2, 1] = 1, -1
-    over = pictures.blend(rng.uniform(size=(4, 4, 3)), values, 1.0)
+    over = _pictures.blend(rng.uniform(size=(4, 4, 3)), values, 1.0)
     np.testing.assert_allclose(np.ptp(over[values == 0], axis=-1), 0, atol=1e-9)
     assert over[1, 2, 0] > over[1, 2, 2] + 0.2
     assert over[2, 1, 2] > over[2, 1, 0] + 0.2
@@ -194,7 +194,7 @@ def test_every_kind_draws(shape, kind, target, tmp_path):
 def test_zeros_are_drawn_white(tmp_path):
     att = Attribution("made", np.zeros((1, 4, 4, 1)), 0, np.zeros((1, 2)), np.zeros((1, 4, 4, 1)))
     att.save(tmp_path / "map.png")
-    assert pictures.limit(att.maps) == 1.0
+    assert _pictures.limit(att.maps) == 1.0
 
 
 def test_words_stand_on_the_colour_of_their_sum():
@@ -208,7 +208,7 @@ def test_words_stand_on_the_colour_of_their_sum():
         from matplotlib.colors import to_hex
 
         behind = to_hex(drawn[word].get_bbox_patch().get_facecolor())
-        assert behind == pictures.colour(value, pictures.limit(sums))[0]
+        assert behind == _pictures.colour(value, _pictures.limit(sums))[0]
     assert {t.get_text() for t in att.figure(tokens=[7, 7, 3, 1]).axes[0].texts} == {"7", "3", "1"}
     with pytest.raises(InputError, match="each of 4 positions. Received: 2"):
         att.figure(tokens=["a", "b"])
@@ -276,18 +276,18 @@ def test_pictures_that_do_not_fit_are_refused():
 
 def test_small_pictures_of_pages_hold_the_maps_colours():
     values = np.clip(rng.standard_normal((20, 30)), -1, 1)
-    address = pictures.map_address(values, 1.0)
+    address = _pictures.map_address(values, 1.0)
     kind, _, data = address.partition(";base64,")
     assert kind == "data:image/png"
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert image.mode == "P"
-    expected = pictures.PALETTE[pictures.numbers(values, 1.0)].astype(int)
+    expected = _pictures.PALETTE[_pictures.numbers(values, 1.0)].astype(int)
     assert np.abs(np.asarray(image.convert("RGB")).astype(int) - expected).max() <= 6
 
 
 def test_thumbnails_keep_means():
     values = rng.standard_normal((40, 60))
-    small = pictures.thumbnail(values, 30)
+    small = _pictures.thumbnail(values, 30)
     np.testing.assert_allclose(small, values.reshape(20, 2, 30, 2).mean((1, 3)), atol=1e-5)
-    assert pictures.thumbnail(values, 60) is values
-    assert pictures.thumbnail(rng.uniform(size=(90, 30, 3)), 30).shape == (30, 10, 3)
+    assert _pictures.thumbnail(values, 60) is values
+    assert _pictures.thumbnail(rng.uniform(size=(90, 30, 3)), 30).shape == (30, 10, 3)

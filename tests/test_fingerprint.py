@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 import perjac as pj
-from perjac import traces
-from perjac.fingerprint import Fingerprint
+from perjac._core.model.fingerprint import Fingerprint
+from perjac._core.runtime import session
 
 L = keras.layers
 RNG = np.random.default_rng(0)
@@ -219,8 +219,8 @@ def test_a_layer_that_a_function_mentions_is_watched(place):
 @pytest.fixture
 def traced(monkeypatch):
     """Count traces."""
-    count, right = [], traces.tracing.trace
-    monkeypatch.setattr(traces.tracing, "trace", lambda *a: count.append(1) or right(*a))
+    count, right = [], session.tracing.trace
+    monkeypatch.setattr(session.tracing, "trace", lambda *a: count.append(1) or right(*a))
     return count
 
 

@@ -32,7 +32,7 @@ from perjac.errors import (
     TooLargeError,
     UnknownNameError,
 )
-from perjac.fisher import root
+from perjac.fisher import _rows_of
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -352,7 +352,7 @@ def test_result_does_not_depend_on_chunks(options, form, monkeypatch):
     whole = getattr(of_kind(options), form)()
     pieces = []
     for limit, most_examples in [(2**14, 11), (2**9, 1)]:
-        monkeypatch.setattr(root, "_AT_ONCE", limit)
+        monkeypatch.setattr(_rows_of, "_AT_ONCE", limit)
         cut = of_kind(options)
         parts = list(cut.rows())
         assert max(part.shape[0] for part in parts) <= most_examples
@@ -700,7 +700,7 @@ def test_nothing_of_the_size_of_the_matrix_is_made():
 
 def test_rows_of_large_outputs_come_in_pieces(monkeypatch):
     """1,000 outputs of one number each: F of the kernel is the mean of x xᵀ for each of them."""
-    monkeypatch.setattr(root, "_AT_ONCE", 2**19)
+    monkeypatch.setattr(_rows_of, "_AT_ONCE", 2**19)
     model = keras.Sequential([keras.Input((3,)), layers.Dense(1000, use_bias=False)])
     x = random(2, 3).astype("f4")
     F = pj.Engine(model).fisher(x, likelihood="gaussian", reduction="sum")
@@ -713,7 +713,7 @@ def test_rows_of_large_outputs_come_in_pieces(monkeypatch):
 
 
 def test_formed_rows_count_for_how_many_come_at_once(monkeypatch):
-    monkeypatch.setattr(root, "_AT_ONCE", 2**16)
+    monkeypatch.setattr(_rows_of, "_AT_ONCE", 2**16)
     F = of_kind({"likelihood": "gaussian"}, count=40)
     most = max(part.shape[0] * part.shape[1] for part in F.rows(16 * F.shape[0]))
     assert 16 * F.shape[0] * most <= 2**16

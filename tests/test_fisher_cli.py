@@ -12,12 +12,13 @@ from test_cli import run
 
 import perjac as pj
 from perjac import fisher as forms
-from perjac import progress, screen
+from perjac import progress
+from perjac.cli import screen
 from perjac.errors import FileFormatError, InputError
+from perjac.fisher._columns import Columns
+from perjac.fisher._sums import Matrices
 from perjac.fisher.blocks import Block, BlockForm, Dense, Diagonal
-from perjac.fisher.columns import Columns
 from perjac.fisher.kronecker import Eigenbasis, Kronecker
-from perjac.fisher.sums import Matrices
 from perjac.progress import Stopped, stoppable
 
 pytestmark = pytest.mark.slow  # left out of `make check`
@@ -460,7 +461,7 @@ def stopping(monkeypatch, after):
 def test_an_interrupted_run_keeps_what_is_done_and_another_goes_on(
     folder, capfd, monkeypatch, tmp_path, options
 ):
-    monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)  # an example at a time
+    monkeypatch.setattr("perjac.fisher._rows_of._AT_ONCE", 1)  # an example at a time
     out, kept = tmp_path / "form.npz", tmp_path / "form.partial.npz"
     arguments = ["fisher", folder / "model.keras", folder / "x.npy", "-o", out, *options]
     assert run(capfd, *arguments)[0] == 0
@@ -517,7 +518,7 @@ def test_matrices_go_on_too(truth, monkeypatch, form):
 
 
 def test_only_the_same_run_goes_on(folder, capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)
+    monkeypatch.setattr("perjac.fisher._rows_of._AT_ONCE", 1)
     out, kept = tmp_path / "form.npz", tmp_path / "form.partial.npz"
     arguments = ["fisher", folder / "model.keras", folder / "x.npy", "-o", out]
     with monkeypatch.context() as patched:
@@ -547,7 +548,7 @@ def test_only_the_same_run_goes_on(folder, capfd, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("form", ["eigenbasis", "spectrum"])
 def test_forms_that_cannot_be_made_of_parts_say_so(folder, capfd, monkeypatch, tmp_path, form):
-    monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)
+    monkeypatch.setattr("perjac.fisher._rows_of._AT_ONCE", 1)
     told, out = progress.tell, tmp_path / "form.npz"
 
     def pressed(done, total):
@@ -598,7 +599,7 @@ def test_a_file_that_cannot_be_written_whole_is_not_written(truth, tmp_path, mon
 
 
 def test_it_tells_how_far_it_is(folder, capfd, monkeypatch):
-    monkeypatch.setattr("perjac.fisher.root._AT_ONCE", 1)
+    monkeypatch.setattr("perjac.fisher._rows_of._AT_ONCE", 1)
     monkeypatch.setattr(screen, "_QUIET", -1.0)
     _, said = written(capfd, folder)
     assert [f"{n} of {N} examples" in said for n in range(1, N)] == [True] * (N - 1)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perjac.errors import InputError
+from perjac.fisher import figures
+from perjac.fisher._columns import Columns
 from perjac.fisher.blocks import BlockForm, Diagonal
-from perjac.fisher.columns import Columns
-from perjac.report import fisher
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -71,7 +71,7 @@ def assert_curves_pass_by(figure):
 @pytest.mark.parametrize("names", NAMES)
 def test_bars_are_the_traces(names):
     sizes = dict(zip(NAMES[names], rng.uniform(1e-3, 2000, len(NAMES[names])), strict=True))
-    figure = fisher.traces(sizes, "Fisher information (exact, categorical) of 360 examples")
+    figure = figures.traces(sizes, "Fisher information (exact, categorical) of 360 examples")
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == list(sizes.values())
     assert axes.yaxis_inverted()  # the first layer on top
@@ -85,7 +85,7 @@ def test_bars_are_the_traces(names):
 
 def test_of_many_layers_the_largest_have_bars_and_the_rest_is_told():
     sizes = {f"layer{n}": float(n + 1) for n in rng.permutation(107)}
-    figure = fisher.traces(sizes)
+    figure = figures.traces(sizes)
     (axes,) = figure.axes
     expected = [size for size in sizes.values() if size > 77]
     assert [bar.get_width() for bar in axes.patches] == expected
@@ -95,7 +95,7 @@ def test_of_many_layers_the_largest_have_bars_and_the_rest_is_told():
 
 
 def test_nothing_but_zeros_is_drawn_as_such():
-    figure = fisher.traces({"a": 0.0, "b": 0.0})
+    figure = figures.traces({"a": 0.0, "b": 0.0})
     assert [bar.get_width() for bar in figure.axes[0].patches] == [0, 0]
     assert_readable(figure)
 
@@ -105,7 +105,7 @@ def test_histograms_count_every_entry_above_zero(names):
     entries = {name: 10 ** rng.normal(-3, 2, (9, 5)) for name in NAMES[names]}
     first = NAMES[names][0]
     entries[first][:3] = 0
-    figure = fisher.diagonal(entries)
+    figure = figures.diagonal(entries)
     panels = [axes for axes in figure.axes if axes.get_visible()]
     for axes, values in zip(panels, entries.values(), strict=True):
         assert sum(bar.get_height() for bar in axes.patches) == np.sum(values > 0)
@@ -122,7 +122,7 @@ def test_histograms_count_every_entry_above_zero(names):
 
 def test_far_below_the_rest_entries_are_in_the_first_bar():
     entries = np.append(np.full(5000, 2e-2), 1e-30)
-    figure = fisher.diagonal({"dense": entries})
+    figure = figures.diagonal({"dense": entries})
     (axes,) = figure.axes
     bars = axes.patches
     assert bars[0].get_height() == 1
@@ -132,7 +132,7 @@ def test_far_below_the_rest_entries_are_in_the_first_bar():
 
 def test_of_many_layers_the_largest_have_histograms():
     entries = {f"layer{n}": rng.uniform(n, n + 1, 8) for n in range(30)}
-    figure = fisher.diagonal(entries, "Title")
+    figure = figures.diagonal(entries, "Title")
     titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
     assert titles == [f"layer{n}" for n in range(6, 30)]
     assert figure.get_suptitle() == "Title\n6 layers with smaller traces are left out"
@@ -141,7 +141,7 @@ def test_of_many_layers_the_largest_have_histograms():
 
 def test_the_spectrum_falls_and_leaves_zeros_out():
     values = np.append(10 ** rng.normal(0, 2, 50), [0, 0, -1e-16, 1e-17])
-    figure = fisher.spectrum(rng.permutation(values), damping=0.1)
+    figure = figures.spectrum(rng.permutation(values), damping=0.1)
     left, right = figure.axes
     drawn = left.lines[0].get_ydata()
     np.testing.assert_array_equal(drawn, np.sort(values[:50])[::-1])
@@ -159,7 +159,7 @@ def test_the_spectrum_falls_and_leaves_zeros_out():
 
 
 def test_of_a_part_of_the_spectrum_no_dimension_is_drawn():
-    figure = fisher.spectrum([3.0, 2.0, 1.0], damping=0.1, complete=False, title="Title")
+    figure = figures.spectrum([3.0, 2.0, 1.0], damping=0.1, complete=False, title="Title")
     (axes,) = figure.axes
     assert axes.get_xlabel() == "rank, of the 3 largest"
     assert_readable(figure)
@@ -174,16 +174,16 @@ def test_of_a_part_of_the_spectrum_no_dimension_is_drawn():
 def test_what_is_written_beside_a_spectrum_stays_apart(count, decades, damping, largest):
     values = 10 ** (largest - decades * np.linspace(0, 1, count) ** 0.5)
     damping = None if damping is None else 10**damping
-    figure = fisher.spectrum(values, damping=damping, title="Fisher information")
+    figure = figures.spectrum(values, damping=damping, title="Fisher information")
     assert_readable(figure)
     assert_curves_pass_by(figure)
 
 
 def test_what_cannot_be_drawn_is_an_error():
     for draw, nothing in {
-        fisher.spectrum: [[], [0.0, 0.0], [-1.0]],
-        fisher.traces: [{}],
-        fisher.diagonal: [{}, {"a": np.zeros(3)}],
+        figures.spectrum: [[], [0.0, 0.0], [-1.0]],
+        figures.traces: [{}],
+        figures.diagonal: [{}, {"a": np.zeros(3)}],
     }.items():
         for given_ in nothing:
             with pytest.raises(InputError, match="Expected"):
@@ -195,13 +195,13 @@ def test_forms_are_drawn_by_layer():
     entries = rng.uniform(1, 2, 7)
     blocks = {(key,): Diagonal(entries[place]) for key, place in columns.slices.items()}
     form = BlockForm(columns, 5, blocks)
-    found = fisher.by_layer(form)
+    found = figures.by_layer(form)
     assert list(found) == ["net/a", "scale"]
     np.testing.assert_array_equal(found["net/a"], entries[:6])
-    (axes,) = fisher.traces(form).axes
+    (axes,) = figures.traces(form).axes
     expected = [entries[:6].sum(), entries[6]]
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], expected)
-    panels = fisher.diagonal(form).axes
+    panels = figures.diagonal(form).axes
     assert [sum(bar.get_height() for bar in axes.patches) for axes in panels] == [6, 1]
-    values = fisher.spectrum(form).axes[0].lines[0].get_ydata()
+    values = figures.spectrum(form).axes[0].lines[0].get_ydata()
     np.testing.assert_array_equal(values, np.sort(entries)[::-1])

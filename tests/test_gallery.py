@@ -11,9 +11,9 @@ import pytest
 from models import randomise
 
 import perjac as pj
-from perjac.files import Data
-from perjac.report.gallery import write
-from perjac.saliency.choice import choose
+from perjac.cli.data_files import Data
+from perjac.cli.gallery import write
+from perjac.saliency._registry import choose
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -208,7 +208,7 @@ def test_every_rank_of_input_has_a_page(shape, tmp_path):
 
 
 def test_a_hundred_photographs_of_many_classes_make_a_small_page(tmp_path, monkeypatch):
-    from perjac.report import gallery
+    from perjac.cli import gallery
 
     monkeypatch.setattr(gallery, "_draw", lambda *given: 1)  # what is measured is the page
     engine = network(keras.Input((160, 160, 3)), keras.layers.Flatten(), keras.layers.Dense(12))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from perjac import host
-from perjac.factors import Explicit
-from perjac.layout import Relabelling
+from perjac._core.backend import host
+from perjac._core.backend.axis_layout import Relabelling
+from perjac._core.factors import Explicit
 
 
 def scaled(parts, nested):
@@ -186,7 +186,7 @@ def test_what_xla_will_compile_is_told(compiled):
 
 
 def test_a_users_function_does_not_rewrite_our_python():
-    from perjac.shapes import known
+    from perjac._core.backend.shapes import known
 
     written = []
 

@@ -14,7 +14,8 @@ from keras import layers
 from models import floats, randomise
 
 import perjac as pj
-from perjac import host, inside
+from perjac._core.backend import host
+from perjac._core.model import inside_functions
 from perjac.errors import ExamplesMeetError, InputError, InsideError, NotFiniteError
 from perjac.saliency import METHODS
 
@@ -352,5 +353,5 @@ def test_numbers_are_still_looked_at_outside():
     bad[1, 1] = np.nan
     with pytest.raises(NotFiniteError):
         engine.jacobian(bad).norms()
-    assert not inside.is_inside()
+    assert not inside_functions.is_inside()
     assert not host.is_watched()

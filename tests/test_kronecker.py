@@ -18,7 +18,7 @@ from models import MODELS, Subject, floats, randomise
 import perjac as pj
 from perjac.errors import InputError, PerjacWarning, TooLargeError
 from perjac.fisher import kronecker
-from perjac.fisher.root import Root
+from perjac.fisher._rows_of import Root
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perjac.layout import Relabelling
+from perjac._core.backend.axis_layout import Relabelling
 
 
 @st.composite

@@ -9,8 +9,8 @@ from keras import layers
 import perjac as pj
 from perjac.errors import InputError, UnknownNameError
 from perjac.saliency import metrics
+from perjac.saliency._problem import Explained
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.explained import Explained
 from perjac.saliency.metrics.randomisation import correlation, similarity
 
 pytestmark = pytest.mark.slow  # left out of `make check`

@@ -15,7 +15,7 @@ from keras import layers
 from models import randomise
 
 import perjac as pj
-from perjac import host
+from perjac._core.backend import host
 from perjac.errors import (
     ExamplesMeetError,
     InputError,
@@ -23,7 +23,7 @@ from perjac.errors import (
     NoGradientError,
     SlowPathWarning,
 )
-from perjac.saliency.slots import rounds
+from perjac.saliency._slots import rounds
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 

@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 from test_factors import KINDS, SHAPES, Draw, by_kind, close
 
-from perjac.factors import Explicit, Grouped, Lookup, Outer, base, outer
-from perjac.layout import Relabelling
+from perjac._core.backend.axis_layout import Relabelling
+from perjac._core.factors import Explicit, Grouped, Lookup, Outer, base, outer
 
 WITH_SIDES = (Outer, Grouped, Lookup)
 

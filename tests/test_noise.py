@@ -9,8 +9,8 @@ from models import floats
 
 import perjac as pj
 from perjac.errors import InputError
-from perjac.saliency import explained
-from perjac.saliency.noise import draws
+from perjac.saliency import _problem
+from perjac.saliency.smoothgrad import draws
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -92,7 +92,7 @@ def test_an_example_does_not_depend_on_others_or_on_chunks(net, name, target, mo
     alone = getattr(S, name)(engine, x[2:3], target, samples=9)
     np.testing.assert_allclose(whole.values[2], alone.values[0], rtol=1e-10, atol=1e-14)
     for points in (1, 7):
-        monkeypatch.setattr(explained, "_POINTS", points)
+        monkeypatch.setattr(_problem, "_POINTS", points)
         pieces = getattr(S, name)(engine, x, target, samples=9)
         np.testing.assert_allclose(pieces.values, whole.values, rtol=1e-9, atol=1e-14)
 

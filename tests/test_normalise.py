@@ -218,7 +218,7 @@ def test_what_cannot_be_copied_goes_to_the_tape_and_says_so(monkeypatch):
 
     model = applied(lambda x, w: tf.matmul(x, w), 4, 4)
     randomise(model.weights)
-    monkeypatch.setattr("perjac.plan.combine", broken)
+    monkeypatch.setattr("perjac._core.planning.decisions.combine", broken)
     engine, x = pj.Engine(model), draw(4)
     with pytest.warns(SlowPathWarning, match="NotImplementedError: no factors today"):
         jac = engine.jacobian(x)

@@ -333,8 +333,8 @@ def test_regression_refuses_what_does_not_fit():
 @pytest.mark.parametrize("examples", [59, 64])
 def test_many_long_rows_are_multiplied_by_halves(examples):
     """Above 512 rows of 512 numbers only the blocks below the diagonal are computed."""
-    from perjac.factors import Explicit
-    from perjac.layout import Relabelling
+    from perjac._core.backend.axis_layout import Relabelling
+    from perjac._core.factors import Explicit
 
     rows = np.random.default_rng(0).standard_normal((examples, 9, 52, 10))
     factor = Explicit(Relabelling.of((52, 10)), tf.constant(rows))
@@ -350,7 +350,7 @@ def test_many_long_rows_are_multiplied_by_halves(examples):
 @pytest.mark.parametrize("block", [2**25, 2**9])
 def test_own_gram_of_convolutions_is_that_with_a_copy(monkeypatch, block):
     """Rows of both sides of a Gram matrix are formed a block of inputs at a time."""
-    monkeypatch.setattr("perjac.factors.outer._BLOCK", block)
+    monkeypatch.setattr("perjac._core.factors.outer._BLOCK", block)
     subject = MODELS["conv2d_same_strided"].make(batch=4)
     engine = pj.Engine(subject.target)
     jac, copy = (engine.jacobian(subject.x) for _ in range(2))

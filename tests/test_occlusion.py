@@ -87,7 +87,7 @@ def test_occlusion_does_not_depend_on_chunks_or_the_other_examples(monkeypatch):
     np.testing.assert_allclose(chosen, whole[np.arange(5), each], rtol=1e-4, atol=1e-6)
     alone = pj.saliency.occlusion(engine, x[2:3], "all", window=2, stride=1).values
     np.testing.assert_allclose(alone[0], whole[2], rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr("perjac.saliency.explained._POINTS", 7)
+    monkeypatch.setattr("perjac.saliency._problem._POINTS", 7)
     parts = pj.saliency.occlusion(engine, x, "all", window=2, stride=1).values
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
     assert pj.saliency.occlusion(engine, x[:0], "all").values.shape == (0, 3, 6, 6, 2)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perjac.patches import Patches
+from perjac._core.factors.patches import Patches
 
 SIZES = st.integers(1, 3)
 

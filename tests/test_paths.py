@@ -9,9 +9,9 @@ from models import floats
 
 import perjac as pj
 from perjac.errors import InputError
-from perjac.saliency import explained, quadrature
-from perjac.saliency.blur import _kernels
-from perjac.saliency.paths import _draws
+from perjac.saliency import _problem, _quadrature
+from perjac.saliency.blur_ig import _kernels
+from perjac.saliency.integrated_gradients import _draws
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -76,10 +76,10 @@ def call(name, engine, x, target="predicted", **more):
 # --- rules ---
 
 
-@pytest.mark.parametrize("rule", quadrature.RULES)
+@pytest.mark.parametrize("rule", _quadrature.RULES)
 @pytest.mark.parametrize("steps", [2, 3, 50])
 def test_rules_are_means_over_the_unit_interval(rule, steps):
-    nodes, weights = quadrature.quadrature(rule, steps)
+    nodes, weights = _quadrature.quadrature(rule, steps)
     assert len(nodes) == len(weights) == steps
     assert weights.sum() == pytest.approx(1, abs=1e-15)
     assert nodes.min() >= 0
@@ -89,10 +89,10 @@ def test_rules_are_means_over_the_unit_interval(rule, steps):
     assert nodes @ weights - 0.5 == pytest.approx(off, abs=1e-14)
 
 
-@pytest.mark.parametrize("rule", quadrature.RULES)
+@pytest.mark.parametrize("rule", _quadrature.RULES)
 @pytest.mark.parametrize("n", [2, 3, 50])
 def test_rules_are_off_by_what_their_textbooks_say(rule, n):
-    nodes, weights = quadrature.quadrature(rule, n)
+    nodes, weights = _quadrature.quadrature(rule, n)
     off = {
         "gausslegendre": 0,
         "riemann_left": -1 / (2 * n) + 1 / (6 * n**2),
@@ -105,7 +105,7 @@ def test_rules_are_off_by_what_their_textbooks_say(rule, n):
 
 
 def test_gauss_legendre_is_exact_to_degree_2n_minus_1():
-    nodes, weights = quadrature.quadrature("gausslegendre", 4)
+    nodes, weights = _quadrature.quadrature("gausslegendre", 4)
     for degree in range(8):
         assert nodes**degree @ weights == pytest.approx(1 / (degree + 1), rel=1e-14)
 
@@ -117,7 +117,7 @@ def test_a_linear_models_map_is_weight_times_input():
     model = keras.Sequential([keras.Input((6,)), layers.Dense(2)])
     x, start = rng().standard_normal((3, 6)), rng(1).standard_normal(6)
     w = model.get_weights()[0]
-    for rule in quadrature.RULES:
+    for rule in _quadrature.RULES:
         found = S.integrated_gradients(pj.Engine(model), x, 1, baseline=start, rule=rule, steps=3)
         np.testing.assert_allclose(found.values, (x - start) * w[:, 1], rtol=1e-12)
         np.testing.assert_allclose(found.delta, 0, atol=1e-12)
@@ -271,7 +271,7 @@ def test_an_example_does_not_depend_on_others_or_on_chunks(net, name, target, mo
     more = {"expected_gradients": {"samples": 9}, "guided_ig": {"steps": 4}}.get(name, {"steps": 5})
     whole = call(name, engine, x, target, **more)
     for points in (1, 7):
-        monkeypatch.setattr(explained, "_POINTS", points)
+        monkeypatch.setattr(_problem, "_POINTS", points)
         pieces = call(name, engine, x, target, **more)
         np.testing.assert_allclose(pieces.values, whole.values, rtol=1e-10, atol=1e-14)
         if whole.delta is not None:
@@ -379,7 +379,7 @@ def test_conductance_through_a_recurrent_layer():
 def test_conductance_of_the_layer_is_the_chain_rule_on_the_path(net):
     engine, x = net
     model = engine.model
-    nodes, weights = quadrature.quadrature("gausslegendre", 12)
+    nodes, weights = _quadrature.quadrature("gausslegendre", 12)
     expected = np.zeros((4, 6))
     mean = np.zeros((4, 6))
     for alpha, w in zip(nodes, weights, strict=True):
@@ -400,7 +400,7 @@ def test_conductance_of_the_layer_is_the_chain_rule_on_the_path(net):
     np.testing.assert_allclose(influence.values, mean, rtol=1e-9)
 
 
-@pytest.mark.parametrize("rule", quadrature.RULES)
+@pytest.mark.parametrize("rule", _quadrature.RULES)
 def test_cells_are_complete_where_the_target_is_linear_in_the_layer(rule):
     keras.utils.set_random_seed(5)
     model = keras.Sequential(
@@ -428,7 +428,7 @@ def test_cells_tend_to_the_exact_conductance(net):
 def test_differences_are_between_one_node_more_than_steps(net):
     engine, x = net
     found = S.layer_conductance(engine, x, "hidden", 2, derivative="differences", steps=4)
-    nodes, _ = quadrature.quadrature("gausslegendre", 5)
+    nodes, _ = _quadrature.quadrature("gausslegendre", 5)
     low, high = (engine.outputs(a * x, of=pj.activation("hidden")) for a in nodes[[0, -1]])
     kernel = engine.model.get_weights()[-2][:, 2]  # the same at every node, so that sums telescope
     np.testing.assert_allclose(found.values, kernel * (high - low), rtol=1e-9, atol=1e-12)

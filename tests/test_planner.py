@@ -18,14 +18,18 @@ from oracle import assert_agree, weight_rows
 from small_models import *  # noqa: F403  (enters its models)
 
 import perjac as pj
-from perjac import cache, costs, device, padding, progress, tuning
-from perjac.compiling import NotForXla
-from perjac.costs import Cost
-from perjac.device import Rates
+from perjac import progress
+from perjac._core.backend import disk_cache, machine
+from perjac._core.backend.machine import Rates
+from perjac._core.backend.xla import NotForXla
+from perjac._core.graph import costs
+from perjac._core.graph.costs import Cost
+from perjac._core.planning import autotune
+from perjac._core.planning.schedule import Schedule, alternatives, rows_together
+from perjac._core.runtime import batch_padding
+from perjac._core.runtime.batch_padding import Sizes
+from perjac._core.runtime.jobs import Jobs
 from perjac.errors import CacheWarning, InputError, SlowPathWarning
-from perjac.jobs import Jobs
-from perjac.padding import Sizes
-from perjac.schedules import Schedule, alternatives, rows_together
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -53,10 +57,10 @@ def program_of(model: keras.Model, x: np.ndarray):
 @pytest.fixture
 def remembered(tmp_path, monkeypatch) -> pathlib.Path:
     """A cache folder of its own, and no rates known."""
-    monkeypatch.setenv(cache.SETTING, str(tmp_path / "cache"))
-    device._rates.cache_clear()
+    monkeypatch.setenv(disk_cache.SETTING, str(tmp_path / "cache"))
+    machine._rates.cache_clear()
     yield tmp_path / "cache"
-    device._rates.cache_clear()
+    machine._rates.cache_clear()
 
 
 # Counted work
@@ -113,32 +117,32 @@ def test_times_add_up(parts, examples):
 def test_rates_are_measured_once_and_remembered(remembered, monkeypatch):
     said = []
     with progress.read(said.append):
-        found = device.rates(tf.float32)
+        found = machine.rates(tf.float32)
     assert said == ["measuring how fast this machine is", ""]
     assert all(value > 0 for value in vars(found).values())
     assert 1e8 < found.product < 1e16
-    device._rates.cache_clear()
-    monkeypatch.setattr(device, "_measured", None)  # cannot be called
-    assert device.rates(tf.float32) == found == device.rates(tf.bfloat16)
+    machine._rates.cache_clear()
+    monkeypatch.setattr(machine, "_measured", None)  # cannot be called
+    assert machine.rates(tf.float32) == found == machine.rates(tf.bfloat16)
 
 
 def test_rates_that_do_not_read_are_measured_again(remembered):
-    found = device.rates(tf.float32)
+    found = machine.rates(tf.float32)
     (file,) = remembered.rglob("*.json")
     file.write_text("{")
-    device._rates.cache_clear()
-    assert device.rates(tf.float32).product > 0
+    machine._rates.cache_clear()
+    assert machine.rates(tf.float32).product > 0
     assert json.loads(file.read_text())["value"].keys() == vars(found).keys()
 
 
 def test_repetitions_end_where_one_takes_too_long():
-    took = device.repeated(lambda: tf.constant(0), least=9, seconds=9.0, enough=0.0)
+    took = machine.repeated(lambda: tf.constant(0), least=9, seconds=9.0, enough=0.0)
     assert len(took) == 1
-    assert len(device.repeated(lambda: tf.constant(0), least=3, seconds=0.0)) == 3
+    assert len(machine.repeated(lambda: tf.constant(0), least=3, seconds=0.0)) == 3
 
 
 def test_the_allocators_peak_is_what_was_given_out():
-    peak = device.peak(lambda: tf.reduce_sum(tf.ones([2**20]) + 1.0))
+    peak = machine.peak(lambda: tf.reduce_sum(tf.ones([2**20]) + 1.0))
     assert 2**22 <= peak <= 3 * 2**22
 
 
@@ -147,42 +151,42 @@ def test_the_allocators_peak_is_what_was_given_out():
 
 def test_a_cache_gives_back_what_it_was_given(remembered):
     key, other = {"a": (1, 2)}, {"a": (1, 3)}
-    assert cache.recall("kind", key) is None
-    cache.remember("kind", key, {"x": 1.5})
-    assert cache.recall("kind", key) == {"x": 1.5}
-    assert cache.recall("kind", other) is None
-    assert cache.recall("other kind", key) is None
-    cache.remember("kind", key, {"x": 2.0})
-    assert cache.recall("kind", key) == {"x": 2.0}
+    assert disk_cache.recall("kind", key) is None
+    disk_cache.remember("kind", key, {"x": 1.5})
+    assert disk_cache.recall("kind", key) == {"x": 1.5}
+    assert disk_cache.recall("kind", other) is None
+    assert disk_cache.recall("other kind", key) is None
+    disk_cache.remember("kind", key, {"x": 2.0})
+    assert disk_cache.recall("kind", key) == {"x": 2.0}
     assert len(list(remembered.rglob("*"))) == 2  # the folder of the kind, and one file
 
 
 def test_a_file_of_another_key_is_not_taken_for_this_one(remembered):
-    cache.remember("kind", {"a": 1}, {"x": 1})
+    disk_cache.remember("kind", {"a": 1}, {"x": 1})
     (file,) = remembered.rglob("*.json")
     file.write_text(file.read_text().replace('"a": 1', '"a": 2'))
-    assert cache.recall("kind", {"a": 1}) is None
+    assert disk_cache.recall("kind", {"a": 1}) is None
 
 
 @pytest.mark.parametrize("setting", ["off", "OFF"])
 def test_a_cache_can_be_switched_off(monkeypatch, setting):
-    monkeypatch.setenv(cache.SETTING, setting)
-    assert cache.folder() is None
-    cache.remember("kind", {}, {"x": 1})
-    assert cache.recall("kind", {}) is None
+    monkeypatch.setenv(disk_cache.SETTING, setting)
+    assert disk_cache.folder() is None
+    disk_cache.remember("kind", {}, {"x": 1})
+    assert disk_cache.recall("kind", {}) is None
 
 
 def test_a_cache_is_the_users_by_default(monkeypatch):
-    monkeypatch.delenv(cache.SETTING)
-    assert "perjac" in str(cache.folder())
+    monkeypatch.delenv(disk_cache.SETTING)
+    assert "perjac" in str(disk_cache.folder())
 
 
 def test_a_cache_that_cannot_be_written_to_says_so(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(cache.SETTING, str(tmp_path / "file"))
+    monkeypatch.setenv(disk_cache.SETTING, str(tmp_path / "file"))
     with pytest.warns(CacheWarning, match="PERJAC_CACHE"):
-        cache.remember("kind", {}, {})
-    assert cache.recall("kind", {}) is None
+        disk_cache.remember("kind", {}, {})
+    assert disk_cache.recall("kind", {}) is None
 
 
 # Schedules
@@ -212,9 +216,9 @@ def taken(monkeypatch, schedule: Schedule) -> None:
 
     def tune(key, schedules, run, refused):
         run(schedule)()
-        return tuning.Tuned((tuning.Trial(schedule, None, 1.0),))
+        return autotune.Tuned((autotune.Trial(schedule, None, 1.0),))
 
-    monkeypatch.setattr("perjac.traced.tune", tune)
+    monkeypatch.setattr("perjac._core.runtime.traced_model.tune", tune)
 
 
 def test_there_are_as_many_schedules_as_choices():
@@ -285,9 +289,9 @@ def trials(remembered, seconds: dict[Schedule, float | Exception], expected=None
 
     clock = [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device.time, "perf_counter", lambda: clock[0])
+        patch.setattr(machine.time, "perf_counter", lambda: clock[0])
         given = [(s, (expected or {}).get(s)) for s in seconds]
-        found = tuning.tune({"key": key}, given, run, (NotForXla,))
+        found = autotune.tune({"key": key}, given, run, (NotForXla,))
     return found, ran
 
 
@@ -413,7 +417,7 @@ def test_inspect_foretells_and_measures():
 def test_inspect_makes_no_batch_to_foretell():
     engine = pj.Engine(dense(8, 3, shape=(1000,)))
     engine.inspect(2)
-    assert device.peak(lambda: engine.inspect(10**7)) < 2**20
+    assert machine.peak(lambda: engine.inspect(10**7)) < 2**20
     with pytest.raises(InputError, match="batch_size"):
         engine.inspect(0)
 
@@ -501,6 +505,6 @@ def test_seeds_and_labels_are_filled_up_alike():
 
 def test_first_cuts_positions_of_examples():
     nest = {"a": tf.range(12), "b": (tf.zeros([4, 2]), tf.zeros([8]))}
-    cut = padding.first(nest, 3, 4)
+    cut = batch_padding.first(nest, 3, 4)
     assert cut["a"].numpy().tolist() == list(range(9))
     assert [t.shape[0] for t in cut["b"]] == [3, 6]

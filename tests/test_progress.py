@@ -8,11 +8,12 @@ import keras
 import numpy as np
 
 import perjac as pj
-from perjac import progress, screen
+from perjac import progress
+from perjac.cli import screen
 
 
 def test_methods_tell_how_many_points_are_done(monkeypatch):
-    monkeypatch.setattr("perjac.saliency.explained._POINTS", 16)
+    monkeypatch.setattr("perjac.saliency._problem._POINTS", 16)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     told = []
     with progress.heard(lambda done, total: told.append((done, total))):

@@ -9,10 +9,10 @@ import pytest
 import tensorflow as tf
 
 import perjac as pj
+from perjac._core.graph.provenance.analysis import _Analysis
+from perjac._core.graph.provenance.owners import Owners, _groups
+from perjac._core.graph.provenance.registry import RULES
 from perjac.errors import SlowPathWarning
-from perjac.provenance.analysis import _Analysis
-from perjac.provenance.owners import Owners, _groups
-from perjac.provenance.registry import RULES
 
 X = (4, 6)  # an example, unless a case says otherwise
 PICTURE = (6, 6, 2)

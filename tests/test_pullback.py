@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from perjac import pullback
+from perjac._core.autodiff import parametrization
 
 RNG = np.random.default_rng(0)
 
@@ -62,7 +62,7 @@ def test_rows_are_those_of_the_jacobian(made, lead):
     def pulled(given):
         values = {0: tf.identity(a), 1: tf.identity(b)}
         pairs = list(zip(PSIS[made](*values.values()), given, strict=True))
-        return {str(n): rows for n, rows in pullback.pull_back(pairs, values).items()}
+        return {str(n): rows for n, rows in parametrization.pull_back(pairs, values).items()}
 
     found = {int(n): r for n, r in pulled(rows).items()}
     assert found.keys() == right.keys()
@@ -78,7 +78,7 @@ def test_what_is_entry_by_entry_needs_no_vectorised_map(monkeypatch):
 
     @tf.function(autograph=False)
     def pulled(a, b, *rows):
-        return pullback.pull_back(
+        return parametrization.pull_back(
             list(zip(PSIS["scale and shift"](a, b), rows, strict=True)), {0: a, 1: b}
         )
 

@@ -17,9 +17,9 @@ from models import floats, randomise
 from oracle import assert_agree
 
 import perjac as pj
-from perjac import seeds
-from perjac.folded import ENTRY_BY_ENTRY, RULES
-from perjac.routing import TWICE
+from perjac._core.autodiff import seeds
+from perjac._core.autodiff.batched import ENTRY_BY_ENTRY, RULES
+from perjac._core.autodiff.bottleneck import TWICE
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 

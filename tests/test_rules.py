@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 import perjac as pj
+from perjac._core.rules import RULES
 from perjac.errors import SlowPathWarning
-from perjac.rules import RULES
 
 B = 3
 

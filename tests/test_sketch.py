@@ -20,14 +20,13 @@ from test_factors import Draw, rows_of
 from test_layout import chains
 
 import perjac as pj
-from perjac import sketch
+from perjac._core.backend.axis_layout import Relabelling
+from perjac._core.factors import Explicit, Lookup, Outer, Sum, random_projection
 from perjac.errors import InputError
-from perjac.factors import Explicit, Lookup, Outer, Sum
-from perjac.layout import Relabelling
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
-each_kind = pytest.mark.parametrize("kind", sketch.KINDS)
+each_kind = pytest.mark.parametrize("kind", random_projection.KINDS)
 DIM, SEEDS = 16, 200
 # The standard deviation of ⟨Sr, Sr'⟩ over ‖r‖‖r'‖ / √dim, as `Rows.project` states it.
 BOUNDS = {"gaussian": 3, "rademacher": 3, "sparse": 11**0.5}
@@ -39,7 +38,7 @@ def vector(draw: Draw) -> Explicit:
 
 
 def projected(factor, kind: str, dim: int = DIM, seed: int = 0) -> np.ndarray:
-    drawn = sketch.draw({"w": factor.sides}, dim, seed, kind, tf.float64)
+    drawn = random_projection.draw({"w": factor.sides}, dim, seed, kind, tf.float64)
     return factor.project(drawn["w"]).numpy()
 
 
@@ -84,7 +83,7 @@ def test_different_seeds_are_independent(kind):
 @each_kind
 def test_different_weights_of_one_shape_are_independent(kind):
     factor = Draw(0, (2, 2, 3, 2, 4, 5)).outer()
-    drawn = sketch.draw({"v": factor.sides, "w": factor.sides}, DIM, 0, kind, tf.float64)
+    drawn = random_projection.draw({"v": factor.sides, "w": factor.sides}, DIM, 0, kind, tf.float64)
     assert not np.allclose(factor.project(drawn["v"]), factor.project(drawn["w"]))
 
 
@@ -215,7 +214,7 @@ def test_large_rows_are_projected_example_by_example_with_the_same_result(monkey
     kinds = ("explicit", "outer_over_positions", "grouped", "patches")
     factors = [draw.factor(kind) for draw, kind in zip(draws, kinds, strict=True)]
     at_once = [projected(factor, "gaussian") for factor in factors]
-    monkeypatch.setattr("perjac.factors.base.FORM_AT_ONCE", 0)
+    monkeypatch.setattr("perjac._core.factors.base.FORM_AT_ONCE", 0)
     for factor, right in zip(factors, at_once, strict=True):
         np.testing.assert_allclose(projected(factor, "gaussian"), right, rtol=1e-10)
 
@@ -236,7 +235,9 @@ def numbers() -> list[float]:
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 6, 6, 1)), rng.standard_normal((2, 4))
     grads = pj.Engine(named_model()).gradients(x, y, loss="mse")
-    return [float(n) for kind in sketch.KINDS for n in np.ravel(grads.project(4, 11, kind))]
+    return [
+        float(n) for kind in random_projection.KINDS for n in np.ravel(grads.project(4, 11, kind))
+    ]
 
 
 def test_projections_are_the_same_in_another_process():
@@ -259,7 +260,7 @@ def test_projections_that_there_are_not(options):
 
 def test_a_dimension_may_be_a_number_of_numpys():
     jac = engine("mlp", "float64", "auto").jacobian(subject("mlp", "float64").x)
-    for kind in sketch.KINDS:
+    for kind in random_projection.KINDS:
         np.testing.assert_array_equal(jac.project(np.int64(4), 0, kind), jac.project(4, 0, kind))
 
 

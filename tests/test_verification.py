@@ -13,7 +13,10 @@ from keras import layers
 from models import floats, randomise
 
 import perjac as pj
-from perjac import cli, live_model, plan, rules, traces
+from perjac._core import rules
+from perjac._core.planning import decisions
+from perjac._core.runtime import live_model, session
+from perjac.cli import main
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -62,35 +65,35 @@ def doubled(monkeypatch, kind: str) -> None:
 
 def in_another_order(monkeypatch) -> None:
     """Let examples be taken for the slowest along a folded axis where they run fastest."""
-    right = plan._bind
+    right = decisions._bind
 
     def bind(*arguments):
         bound = right(*arguments)
         return dataclasses.replace(bound, inner=not bound.inner)
 
-    monkeypatch.setattr(plan, "_bind", bind)
+    monkeypatch.setattr(decisions, "_bind", bind)
 
 
 def halfway_back(monkeypatch) -> None:
     """Let rows go back to the variables without one step of the parametrisation."""
-    right = plan.pull_back
+    right = decisions.pull_back
 
     def pull_back(parametrised, values):
         found = right(parametrised, values)
         return {number: rows * 1.5 for number, rows in found.items()}
 
-    monkeypatch.setattr(plan, "pull_back", pull_back)
+    monkeypatch.setattr(decisions, "pull_back", pull_back)
 
 
 def of_another_model(monkeypatch) -> None:
     """Let the trace be of a model with another activation."""
-    right = traces.tracing.trace
+    right = session.tracing.trace
 
     def trace(callee, *rest):
         changed = dataclasses.replace(callee, function=lambda x: tf.math.sin(callee.function(x)))
         return right(changed, *rest)
 
-    monkeypatch.setattr(traces.tracing, "trace", trace)
+    monkeypatch.setattr(session.tracing, "trace", trace)
 
 
 SABOTAGED = {
@@ -142,7 +145,7 @@ def test_the_command_ends_with_status_1_where_something_is_wrong(
 def command(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["perjac", "verify", *arguments])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return stop.value.code, "".join(capfd.readouterr())
 
 

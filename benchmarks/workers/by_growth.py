@@ -18,7 +18,7 @@ from keras import layers
 from keras_net import LOSS, device, done
 
 import perjac as pj
-from perjac import memory
+from perjac._core.backend import memory
 
 
 def _dense(inputs: int, widths: list[int], outputs: int) -> keras.Model:

@@ -12,12 +12,12 @@ from perjac._version import __version__
 
 if TYPE_CHECKING:
     from perjac import callbacks, data, errors, fisher, saliency
+    from perjac._core.model.inputs import call
+    from perjac._core.model.variables import activation
     from perjac.engine import Engine
     from perjac.errors import PerjacError, PerjacWarning
     from perjac.gradients import Gradients
-    from perjac.inputs import call
     from perjac.jacobian import Jacobian
-    from perjac.sources import activation
 
 _HOME = {
     "Engine": "perjac.engine",
@@ -25,8 +25,8 @@ _HOME = {
     "Jacobian": "perjac.jacobian",
     "PerjacError": "perjac.errors",
     "PerjacWarning": "perjac.errors",
-    "activation": "perjac.sources",
-    "call": "perjac.inputs",
+    "activation": "perjac._core.model.variables",
+    "call": "perjac._core.model.inputs",
 }
 _MODULES = {
     name: f"perjac.{name}" for name in ("callbacks", "data", "errors", "fisher", "saliency")

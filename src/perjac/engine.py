@@ -7,22 +7,26 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import binding, blame, inputs, inside, laid, memory, seeds
-from perjac.added_losses import LOSS
-from perjac.certificate import SCHEDULES
-from perjac.compiling import NotForXla
+from perjac._core.autodiff import seeds
+from perjac._core.backend import memory
+from perjac._core.backend.xla import NotForXla
+from perjac._core.factors.reductions import THEMSELVES, Question
+from perjac._core.graph import failures
+from perjac._core.graph.added_losses import LOSS
+from perjac._core.model import inputs, inside_functions, loading
+from perjac._core.model.losses import Objective
+from perjac._core.model.variables import Source
+from perjac._core.runtime import laid
+from perjac._core.runtime.certificate import SCHEDULES
+from perjac._core.runtime.objectives import Objectives
+from perjac._core.runtime.session import Traces
+from perjac._core.runtime.traced_model import Traced
+from perjac._core.runtime.trust import Trust
 from perjac.errors import check_one_of
 from perjac.fisher import Fisher
-from perjac.fisher.root import Root
+from perjac.fisher._rows_of import Root
 from perjac.gradients import Gradients
 from perjac.jacobian import Jacobian
-from perjac.losses import Objective
-from perjac.objectives import Objectives
-from perjac.questions import THEMSELVES, Question
-from perjac.sources import Source
-from perjac.traced import Traced
-from perjac.traces import Traces
-from perjac.trust import Trust
 
 _OPTIONS = {
     "training": (True, False),
@@ -113,7 +117,7 @@ class Engine(Trust):
         for name, value in given.items():
             check_one_of(value, _OPTIONS[name], name)
         memory.limit(memory_limit)  # refuses what it cannot read
-        self.model = model = binding.loaded(model, signature)
+        self.model = model = loading.loaded(model, signature)
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
         self.traces = Traces(model, variables, training, path, jit, autotune, certify)
@@ -358,7 +362,7 @@ class Engine(Trust):
         Martens 2020, New insights and perspectives on the natural gradient method; Kunstner et al.
         2019, Limitations of the empirical Fisher approximation.
         """
-        inside.refuse("fisher()")
+        inside_functions.refuse("fisher()")
         known_variance = 1.0 if variance == "fitted" else variance
         how = Root(self, kind, likelihood, known_variance, loss, samples, seed, wrt, of)  # type: ignore[arg-type]
         return Fisher(how, data, reduction, variance)
@@ -405,12 +409,12 @@ class Engine(Trust):
         **asked: Any,
     ) -> tuple[tf.Tensor, dict[str, Any], list[Source], tuple[int, ...]]:
         """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
-        if inside.is_inside():
+        if inside_functions.is_inside():
             return laid.derived(self, batch, objective, of, wrt, question, asked)
         traced, names, head = self.traces.asked(batch, of, objective, self._check)
         sources = names.sources(wrt)
         if self._check:
-            with blame.blamed(traced.program, head, batch):
+            with failures.blamed(traced.program, head, batch):
                 traced.check_data(head, batch)
         traced.check_sources(head, sources)
         chosen = seeds.make(
@@ -421,7 +425,7 @@ class Engine(Trust):
             traced.dtype(head),
         )
         try:
-            with blame.blamed(traced.program, head, batch):
+            with failures.blamed(traced.program, head, batch):
                 result, answers = traced.answers(
                     head, sources, batch, chosen, self.memory_limit, question
                 )
@@ -454,10 +458,10 @@ class Engine(Trust):
         ExamplesMeetError
             If they are not.
         """
-        if inside.is_inside():
+        if inside_functions.is_inside():
             return laid.checked(self, batch, of)
         traced, _, head = self.traces.asked(batch, of, check=self._check)
         if self._check:
-            with blame.blamed(traced.program, head, batch):
+            with failures.blamed(traced.program, head, batch):
                 traced.check_data(head, batch)
         return traced, head

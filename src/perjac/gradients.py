@@ -8,12 +8,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac._core.backend.shapes import known
+from perjac._core.factors import Factor, Lookup
+from perjac._core.factors.reductions import Factors, query
+from perjac._core.model.variables import Source, Weights
+from perjac._rows import Rows, group_of, grouped_norms, norms, weighted_sum
 from perjac.errors import InputError, check_one_of
-from perjac.factors import Factor, Lookup
-from perjac.questions import Factors, query
-from perjac.rows import Rows, group_of, grouped_norms, norms, weighted_sum
-from perjac.shapes import known
-from perjac.sources import Source, Weights
 
 _PER = (None, "source", "layer")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac._core.backend.shapes import known
+from perjac._core.factors import Factor
+from perjac._core.factors.reductions import query
+from perjac._core.model.variables import Source, Weights
+from perjac._rows import Rows, norms
 from perjac.errors import check_one_of
-from perjac.factors import Factor
-from perjac.questions import query
-from perjac.rows import Rows, norms
-from perjac.shapes import known
-from perjac.sources import Source, Weights
 
 
 class Jacobian(Rows):

@@ -3,7 +3,7 @@
 Know Keras's callbacks and `tf.summary`; must not touch the model, its optimizer or random numbers.
 """
 
-from perjac.callbacks.gradients import GradientStatistics
-from perjac.callbacks.saliency import SaliencyMaps
+from perjac.callbacks.gradient_statistics import GradientStatistics
+from perjac.callbacks.saliency_maps import SaliencyMaps
 
 __all__ = ["GradientStatistics", "SaliencyMaps"]

@@ -2,9 +2,9 @@
 
 from perjac.data.checkpoints import at_checkpoints
 from perjac.data.influence import tracin, trak
+from perjac.data.label_errors import Suspects, label_errors
 from perjac.data.neighbours import Neighbours, similar
 from perjac.data.ranking import Ranking, hardest, typical
-from perjac.data.suspects import Suspects, label_errors
 
 __all__ = [
     "Neighbours",

@@ -10,8 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from perjac import host
-from perjac.data.batches import engine_of
+from perjac._core.backend import host
+from perjac.data._batches import engine_of
 from perjac.engine import Engine
 from perjac.errors import FileFormatError, InputError
 

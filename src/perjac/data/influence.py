@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from perjac import host, memory
-from perjac.data.batches import Examples, engine_of, gradients
+from perjac._core.backend import host, memory
+from perjac.data._batches import Examples, engine_of, gradients
+from perjac.data._products import inner_products
+from perjac.data._trak_outputs import TASKS, Explained, check_labels, explained
 from perjac.data.checkpoints import at_checkpoints
-from perjac.data.margins import TASKS, Explained, check_labels, explained
-from perjac.data.pairs import inner_products
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts, check_one_of
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from perjac.data.batches import Examples, engine_of
-from perjac.data.pairs import inner_products, projected_products
+from perjac.data._batches import Examples, engine_of
+from perjac.data._products import inner_products, projected_products
 from perjac.engine import Engine
 from perjac.errors import check_counts, check_one_of
 

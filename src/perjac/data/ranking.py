@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from perjac.data.batches import Examples, engine_of, gradients
+from perjac.data._batches import Examples, engine_of, gradients
 from perjac.engine import Engine
 from perjac.errors import InputError, NotFiniteError, check_counts, check_one_of
 

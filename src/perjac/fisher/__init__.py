@@ -1,8 +1,21 @@
 """Fisher information and curvature: its kinds, forms, and what is done with them."""
 
 from perjac.fisher.blocks import BlockForm
-from perjac.fisher.consolidation import ElasticWeightConsolidation, ElasticWeights
-from perjac.fisher.estimates import (
+from perjac.fisher.evidence import Evidence, Fit
+from perjac.fisher.ewc import ElasticWeightConsolidation, ElasticWeights
+from perjac.fisher.form import Form
+from perjac.fisher.influence_functions import Influence
+from perjac.fisher.information import Fisher
+from perjac.fisher.laplace import Laplace, laplace
+from perjac.fisher.low_rank import LowRank
+from perjac.fisher.matrix_free import Implicit
+from perjac.fisher.natural_gradient import descend, natural_gradient
+from perjac.fisher.ntk import ntk
+from perjac.fisher.predictive import Predictive
+from perjac.fisher.pruning import lowest, optimal_brain_damage, optimal_brain_surgeon, taylor
+from perjac.fisher.regression import NTKRegression, kernel_condition, kernel_eigh
+from perjac.fisher.serialization import load, save
+from perjac.fisher.stochastic import (
     DiagonalEstimate,
     Estimate,
     SpectralDensity,
@@ -12,19 +25,6 @@ from perjac.fisher.estimates import (
     stochastic_effective_dimension,
     stochastic_logdet,
 )
-from perjac.fisher.evidence import Evidence, Fit
-from perjac.fisher.files import load, save
-from perjac.fisher.form import Form
-from perjac.fisher.implicit import Implicit
-from perjac.fisher.influence import Influence
-from perjac.fisher.information import Fisher
-from perjac.fisher.laplace import Laplace, laplace
-from perjac.fisher.low_rank import LowRank
-from perjac.fisher.natural import descend, natural_gradient
-from perjac.fisher.ntk import ntk
-from perjac.fisher.predictive import Predictive
-from perjac.fisher.pruning import lowest, optimal_brain_damage, optimal_brain_surgeon, taylor
-from perjac.fisher.regression import NTKRegression, kernel_condition, kernel_eigh
 
 __all__ = [
     "BlockForm",

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from perjac.errors import InputError
-from perjac.fisher.columns import Columns
+from perjac.fisher._columns import Columns
 from perjac.fisher.form import Form, check_damping, checked
 
 # Damping above so much of the trace, times P, leaves nothing singular: no eigenvalue is asked for.

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from perjac import memory
+from perjac._core.backend import memory
 from perjac.errors import InputError, NotPositiveError, check_counts
-from perjac.fisher.columns import Columns
-from perjac.fisher.estimates import SpectralDensity
+from perjac.fisher._columns import Columns
+from perjac.fisher.stochastic import SpectralDensity
 
 
 class Form(LinearOperator):

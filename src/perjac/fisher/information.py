@@ -11,27 +11,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import memory
+from perjac._core.backend import memory
+from perjac._core.factors.reductions import Question, Squares
+from perjac._rows import Rows
 from perjac.errors import InputError, PerjacError, TooLargeError, check_one_of
+from perjac.fisher._columns import Columns
+from perjac.fisher._of_rows import Passes
+from perjac.fisher._products import row_count
+from perjac.fisher._rows_of import Root
+from perjac.fisher._stream import Stream
+from perjac.fisher._sums import Diagonals, Matrices
 from perjac.fisher.blocks import Block, BlockForm
-from perjac.fisher.columns import Columns
 from perjac.fisher.form import Form
-from perjac.fisher.implicit import Implicit
-from perjac.fisher.kronecker import (
-    APPROXIMATIONS,
-    SideSums,
-    asked,
-    eigenbasis_blocks,
-)
+from perjac.fisher.kronecker import APPROXIMATIONS, SideSums, asked, eigenbasis_blocks
 from perjac.fisher.low_rank import LowRank
-from perjac.fisher.of_rows import Passes
-from perjac.fisher.products import row_count
-from perjac.fisher.root import Root
-from perjac.fisher.stream import Stream
-from perjac.fisher.sums import Diagonals, Matrices
+from perjac.fisher.matrix_free import Implicit
 from perjac.progress import Stopped
-from perjac.questions import Question, Squares
-from perjac.rows import Rows
 
 _REDUCTIONS = ("mean", "sum")
 # Examples that the outputs are looked at of, to tell what they are.

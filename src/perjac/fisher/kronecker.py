@@ -15,14 +15,14 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from perjac import memory
+from perjac._core.backend import memory
+from perjac._core.backend.axis_layout import Relabelling
+from perjac._core.backend.shapes import known
+from perjac._core.factors.reductions import SideMoments, Sides
+from perjac._rows import Rows
 from perjac.errors import InputError, PerjacWarning, warn
+from perjac.fisher._sums import added
 from perjac.fisher.blocks import Block
-from perjac.fisher.sums import added
-from perjac.layout import Relabelling
-from perjac.questions import SideMoments, Sides
-from perjac.rows import Rows
-from perjac.shapes import known
 
 APPROXIMATIONS = ("expand", "reduce")
 # Sides longer than that are kept as diagonals: 8,192² numbers are 0.5 GiB, and their eigenvectors

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import memory
+from perjac._core.backend import memory
+from perjac._core.backend.shapes import size
 from perjac.errors import InputError, check_counts, check_one_of
+from perjac.fisher._stream import Stream
+from perjac.fisher._values import current, keyed
 from perjac.fisher.blocks import BlockForm
 from perjac.fisher.evidence import Evidence, Fit
 from perjac.fisher.form import Form
 from perjac.fisher.likelihoods import LIKELIHOODS
 from perjac.fisher.predictive import Predictive
-from perjac.fisher.stream import Stream
-from perjac.fisher.values import current, keyed
-from perjac.shapes import size
 
 # Each form, and the method of `Fisher` that makes it.
 FORMS = {

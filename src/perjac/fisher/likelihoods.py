@@ -13,8 +13,8 @@ import numpy as np
 import scipy.special
 import tensorflow as tf
 
+from perjac._core.backend.dtypes import at_least_float32
 from perjac.errors import NotFiniteError, NotPositiveError
-from perjac.precision import at_least_float32
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 # A Hessian's negative eigenvalues up to so much of its largest are rounding.

@@ -10,9 +10,9 @@ import numpy as np
 import scipy.linalg
 
 from perjac.errors import InputError, NotPositiveError
+from perjac.fisher._of_rows import OfRows
+from perjac.fisher._products import pulled, pushed, row_count
 from perjac.fisher.form import check_damping
-from perjac.fisher.of_rows import OfRows
-from perjac.fisher.products import pulled, pushed, row_count
 
 # Eigenvalues of the Gram matrix below so much of the largest are its rounding, in float64.
 _NOTHING = 1e-13

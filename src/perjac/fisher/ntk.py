@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import memory, progress
+from perjac import progress
+from perjac._core.backend import memory
+from perjac._core.backend.shapes import size
+from perjac._core.model.variables import Source
 from perjac.errors import InputError
-from perjac.fisher.stream import Stream
+from perjac.fisher._stream import Stream
+from perjac.fisher._tiles import Tile, Tiles
 from perjac.jacobian import Jacobian
-from perjac.shapes import size
-from perjac.sources import Source
-from perjac.tiles import Tile, Tiles
 
 # Bytes asked for at a time, where memory does not set a lower limit.
 _AT_ONCE = 2**30

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from perjac import memory
+from perjac._core.backend import memory
+from perjac._core.backend.shapes import known as shaped
+from perjac._core.model.variables import match
 from perjac.errors import InputError, NotPositiveError
-from perjac.fisher.columns import Columns
+from perjac.fisher._columns import Columns
+from perjac.fisher._values import current, every_variable, form_of, keyed
 from perjac.fisher.form import Form
 from perjac.fisher.information import Fisher
-from perjac.fisher.values import current, every_variable, form_of, keyed
-from perjac.shapes import known as shaped
-from perjac.sources import match
 
 # Right-hand sides that the inverse's diagonal is solved for at a time.
 _AT_ONCE = 256

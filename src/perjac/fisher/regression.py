@@ -10,10 +10,11 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from perjac import memory, progress
+from perjac import progress
+from perjac._core.backend import memory
 from perjac.errors import InputError, NotPositiveError, OutOfRangeError, check_counts
+from perjac.fisher._stream import Stream
 from perjac.fisher.ntk import ntk
-from perjac.fisher.stream import Stream
 
 # Eigenvalues of a kernel below so much of the largest are its rounding.
 _NOTHING = {"float32": 1e-6, "float64": 1e-13}

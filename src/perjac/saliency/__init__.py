@@ -2,12 +2,15 @@
 
 from perjac.saliency import metrics
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.blur import blur_ig
+from perjac.saliency.blur_ig import blur_ig
 from perjac.saliency.cam import gradcam, gradcam_plus_plus, layercam
 from perjac.saliency.conductance import internal_influence, layer_conductance
-from perjac.saliency.differences import deeplift
+from perjac.saliency.deeplift import deeplift
 from perjac.saliency.gradients import gradient, input_x_gradient
-from perjac.saliency.guided import guided_ig
+from perjac.saliency.guided_backprop import deconvnet, guided_backprop
+from perjac.saliency.guided_ig import guided_ig
+from perjac.saliency.integrated_gradients import expected_gradients, integrated_gradients
+from perjac.saliency.lrp import lrp
 from perjac.saliency.metrics import (
     compare,
     completeness,
@@ -17,11 +20,8 @@ from perjac.saliency.metrics import (
     max_sensitivity,
     parameter_randomisation,
 )
-from perjac.saliency.noise import smoothgrad, smoothgrad_squared, vargrad
 from perjac.saliency.occlusion import occlusion
-from perjac.saliency.paths import expected_gradients, integrated_gradients
-from perjac.saliency.rectifiers import deconvnet, guided_backprop
-from perjac.saliency.relevance import lrp
+from perjac.saliency.smoothgrad import smoothgrad, smoothgrad_squared, vargrad
 from perjac.saliency.xrai import xrai
 
 METHODS = {

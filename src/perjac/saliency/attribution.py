@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from perjac import inside
+from perjac._core.model import inside_functions
 from perjac.errors import InputError, OutOfRangeError, UnknownNameError, nearest
-from perjac.saliency import figures, pictures
+from perjac.saliency import _pictures, figures
 
 # Outputs drawn of one example, of target "all".
 _MOST = 24
@@ -68,13 +68,13 @@ class Attribution:
 
     def maps_of(self, wrt: str | None) -> np.ndarray:
         """Return the maps of one of several inputs, as `maps`."""
-        inside.refuse("A map in numbers")
+        inside_functions.refuse("A map in numbers")
         values = np.asarray(self._of("values", wrt))
         return values if self.for_all else values[:, None]
 
     def x_of(self, wrt: str | None) -> np.ndarray:
         """Return one of several inputs, (B, *input_shape)."""
-        inside.refuse("An example in numbers")
+        inside_functions.refuse("An example in numbers")
         return np.asarray(self._of("x", wrt))
 
     @property
@@ -129,8 +129,8 @@ class Attribution:
         """
 
         def one(wrt: str | None) -> np.ndarray:
-            axis = pictures.channel_axis(self.x_of(wrt).shape[1:], data_format)
-            return pictures.reduced(np.asarray(self._of("values", wrt)), channels, axis)
+            axis = _pictures.channel_axis(self.x_of(wrt).shape[1:], data_format)
+            return _pictures.reduced(np.asarray(self._of("values", wrt)), channels, axis)
 
         if isinstance(self.values, dict):
             return {wrt: one(wrt) for wrt in self.values}
@@ -210,7 +210,7 @@ class Attribution:
         titles, outputs = self.titles(example), np.ravel(self.outputs[example])
         chosen, framed = np.arange(1), None
         if self.for_all:
-            chosen = pictures.largest(outputs, _MOST)
+            chosen = _pictures.largest(outputs, _MOST)
             framed = int(np.flatnonzero(chosen == outputs.argmax())[0])
         shown = figures.Example(
             x=x[example],
@@ -218,7 +218,7 @@ class Attribution:
             titles=[titles[n] for n in chosen],
             framed=framed,
             channels=channels,
-            axis=pictures.channel_axis(x.shape[1:], data_format),
+            axis=_pictures.channel_axis(x.shape[1:], data_format),
             tokens=tokens,
             features=features,
         )

@@ -9,14 +9,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from perjac import inside
+from perjac._core.backend.shapes import known
+from perjac._core.model import inside_functions
 from perjac.engine import Engine
 from perjac.errors import InputError, check_one_of
+from perjac.saliency._bound import takes_model
+from perjac.saliency._conv_layers import RESIZES, Place, place, resized
+from perjac.saliency._problem import Explained
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.bound import takes_model
-from perjac.saliency.explained import Explained
-from perjac.saliency.spatial import RESIZES, Place, place, resized
-from perjac.shapes import known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +299,7 @@ def _map(
     if axis:
         values = tf.expand_dims(values, axis + 1)
     facts = {"layer": there.activation.layer, "grid": tuple(grid), **dataclasses.asdict(finish)}
-    if not inside.is_inside():
+    if not inside_functions.is_inside():
         facts["blank"] = int(tf.math.count_nonzero(blank))
     found = explained.attribution(method, [values], facts=facts)
     return dataclasses.replace(found, x=seen)

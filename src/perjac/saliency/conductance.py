@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac._core.model.variables import activation_of
 from perjac.engine import Engine
 from perjac.errors import check_counts, check_one_of
+from perjac.saliency._baselines import between, lacking, starts
+from perjac.saliency._bound import takes_model
+from perjac.saliency._problem import Explained
+from perjac.saliency._quadrature import quadrature
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.baselines import between, lacking, starts
-from perjac.saliency.bound import takes_model
-from perjac.saliency.conventions import settle
-from perjac.saliency.explained import Explained
-from perjac.saliency.paths import integral
-from perjac.saliency.quadrature import quadrature
-from perjac.sources import activation_of
+from perjac.saliency.integrated_gradients import integral
+from perjac.saliency.presets import settle
 
 
 @takes_model

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from perjac.drawing import new_figure
+from perjac._drawing import new_figure
 from perjac.errors import InputError
-from perjac.saliency import pictures
-from perjac.saliency.pictures import PERCENTILE, limit
+from perjac.saliency import _pictures
+from perjac.saliency._pictures import PERCENTILE, limit
 
 __all__ = ["PERCENTILE", "Example", "draw", "limit", "overlay", "show"]
 
@@ -63,7 +63,7 @@ class Example:
 
     def reduced(self) -> np.ndarray:
         """Return the maps without their channels; `spread` has them as maps of their own."""
-        return pictures.reduced(self.maps, self.channels, self.axis)
+        return _pictures.reduced(self.maps, self.channels, self.axis)
 
     def spread(self) -> Example:
         """Return the example with a map for each channel, where channels are kept."""
@@ -108,7 +108,7 @@ def draw(example: Example, kind: str, title: str) -> Any:
 def show(axes: Any, image: np.ndarray) -> None:
     """Show an input image (height, width, channels) on its own scale."""
     if image.shape[-1] in (3, 4):
-        axes.imshow(pictures.rgb(image), interpolation="nearest")
+        axes.imshow(_pictures.rgb(image), interpolation="nearest")
     else:  # dark where it is lowest, whatever its range: there may be little contrast
         axes.imshow(image.mean(-1), cmap="gray", interpolation="nearest")
     bare(axes)
@@ -130,7 +130,7 @@ def bare(axes: Any) -> None:
 def _colours() -> Any:
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(pictures.PALETTE[1:] / 255)
+    return ListedColormap(_pictures.PALETTE[1:] / 255)
 
 
 def _map(axes: Any, values: np.ndarray, end: float, **more: Any) -> Any:
@@ -141,7 +141,7 @@ def _map(axes: Any, values: np.ndarray, end: float, **more: Any) -> Any:
 
 
 def _over(axes: Any, image: np.ndarray, values: np.ndarray, end: float) -> None:
-    axes.imshow(pictures.blend(image, values, end), interpolation="nearest")
+    axes.imshow(_pictures.blend(image, values, end), interpolation="nearest")
     bare(axes)
 
 
@@ -318,7 +318,7 @@ def _tokens(example: Example) -> tuple[Any, str]:
         _title(axes, example, n, loc="left")
         for line, row in enumerate(rows):
             for place, left in row:
-                behind, ink = pictures.colour(values[n, place], end)
+                behind, ink = _pictures.colour(values[n, place], end)
                 axes.text(
                     left + 0.7,
                     line,
@@ -372,12 +372,12 @@ def _slices(example: Example) -> tuple[Any, str]:
     example = example.spread()
     values = example.reduced()  # (M, depth, height, width)
     end = limit(values)
-    chosen = pictures.layers(values)
+    chosen = _pictures.layers(values)
     inside = np.rint(chosen * (len(volume) - 1) / max(values.shape[1] - 1, 1)).astype(int)
     rows, columns = len(values) + 1, len(chosen)
     figure = new_figure(1.7 * columns + 0.9, 1.8 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False)
-    whole = pictures.rgb(volume.reshape(-1, *volume.shape[2:])).reshape(*volume.shape[:3], 3)
+    whole = _pictures.rgb(volume.reshape(-1, *volume.shape[2:])).reshape(*volume.shape[:3], 3)
     for column, (here, there) in enumerate(zip(chosen, inside, strict=True)):
         grid[0, column].imshow(whole[there], interpolation="nearest")
         grid[0, column].set_title(f"slice {there}", fontsize=9)

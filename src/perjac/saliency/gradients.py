@@ -7,9 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from perjac.engine import Engine
+from perjac.saliency._bound import takes_model
+from perjac.saliency._problem import Explained
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.bound import takes_model
-from perjac.saliency.explained import Explained
 
 
 @takes_model

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac._core.backend.shapes import known
 from perjac.engine import Engine
 from perjac.errors import InputError
+from perjac.saliency._baselines import starts
+from perjac.saliency._bound import takes_model
+from perjac.saliency._problem import Explained
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.baselines import starts
-from perjac.saliency.bound import takes_model
-from perjac.saliency.explained import Explained
-from perjac.shapes import known
 
 # How many windows lie along an axis where none is given.
 _ALONG = 8

@@ -12,10 +12,10 @@ import tensorflow as tf
 
 from perjac.engine import Engine
 from perjac.errors import InputError, missing_extra
-from perjac.saliency import pictures
+from perjac.saliency import _pictures
+from perjac.saliency._bound import takes_model
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.bound import takes_model
-from perjac.saliency.paths import integrated_gradients
+from perjac.saliency.integrated_gradients import integrated_gradients
 
 # The paper's over-segmentation: scales of Felzenszwalb and Huttenlocher 2004, smallest segments,
 # and how far each segment is grown. Its images have 224 pixels a side, and values from -1 to 1.
@@ -87,7 +87,7 @@ def xrai(
     images = found.x_of(None)
     if images.ndim != 4:
         raise InputError(f"Expected images (B, H, W, C). Received: shape {images.shape}.")
-    axis = (pictures.channel_axis(images.shape[1:], data_format) or -1) % 3 + 1
+    axis = (_pictures.channel_axis(images.shape[1:], data_format) or -1) % 3 + 1
     pixels = np.moveaxis(images, axis, -1)
     summed = np.asarray(found.maps).sum(axis + 1)  # (B, M, H, W)
     values = np.zeros(summed.shape)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from perjac.drawing import new_figure
+from perjac._drawing import new_figure
 from perjac.engine import Engine
 from perjac.errors import InputError, UnknownNameError, nearest
+from perjac.saliency._bound import takes_model
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.fidelity import infidelity
 from perjac.saliency.metrics.randomisation import parameter_randomisation
 from perjac.saliency.metrics.removal import deletion, insertion
@@ -186,7 +186,7 @@ def _methods(given: Any) -> dict[str, Callable[..., Attribution]]:
     if isinstance(given, Mapping):
         chosen = dict(given)
     else:
-        from perjac.saliency.choice import named  # among what this module is part of
+        from perjac.saliency._registry import named  # among what this module is part of
 
         chosen = {name: named(name) for name in given}
     if not chosen:

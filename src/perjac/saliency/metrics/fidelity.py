@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
+from perjac.saliency._baselines import starts
+from perjac.saliency._bound import takes_model
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.baselines import starts
-from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import Subject, in_rows
 
 # Methods whose values are slopes, output per unit of input; those of the others are outputs.

@@ -12,13 +12,14 @@ import scipy.ndimage
 import scipy.stats
 import tensorflow as tf
 
-from perjac import host, sites, walk
-from perjac.drawing import new_figure
+from perjac._core.backend import host
+from perjac._core.graph import sites, walk
+from perjac._drawing import new_figure
 from perjac.engine import Engine
 from perjac.errors import InputError
-from perjac.saliency import pictures
+from perjac.saliency import _pictures
+from perjac.saliency._bound import takes_model
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import in_rows, same_target
 
 # scikit-image's window, and Wang et al. 2004's constants, of a range of 1.
@@ -200,7 +201,7 @@ def similarity(
     """Return how alike the maps of two attributions are, each (B,), or (B, C) for target "all"."""
     pairs = []  # of each input looked at: (B, M, *shape), and its channels' axis
     for name in one.inputs:
-        axis = pictures.channel_axis(one.x_of(name).shape[1:], data_format)
+        axis = _pictures.channel_axis(one.x_of(name).shape[1:], data_format)
         whole = one.maps_of(name).ndim - 2 == one.x_of(name).ndim - 1
         pairs.append((one.maps_of(name), other.maps_of(name), axis if whole else None))
     flat = [np.concatenate([in_rows(p[n]) for p in pairs], 2) for n in (0, 1)]

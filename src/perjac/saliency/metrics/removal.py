@@ -9,15 +9,15 @@ import numpy as np
 import scipy.integrate
 import tensorflow as tf
 
-from perjac.drawing import new_figure
+from perjac._core.backend.shapes import known
+from perjac._drawing import new_figure
 from perjac.engine import Engine
 from perjac.errors import check_counts
-from perjac.saliency import pictures
+from perjac.saliency import _pictures
+from perjac.saliency._baselines import starts
+from perjac.saliency._bound import takes_model
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.baselines import starts
-from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import Subject, in_rows
-from perjac.shapes import known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _along(
 ) -> Curve:
     check_counts(steps=steps)
     explained = subject.explained
-    axes = [pictures.channel_axis(known(v.shape[1:]), data_format) for v in explained.values]
+    axes = [_pictures.channel_axis(known(v.shape[1:]), data_format) for v in explained.values]
     scores = [
         in_rows(maps if axis is None else maps.sum(axis))
         for maps, axis in zip(subject.maps, axes, strict=True)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac._core.backend.shapes import known
 from perjac.engine import Engine
 from perjac.errors import InputError, check_counts
+from perjac.saliency._bound import takes_model
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.bound import takes_model
 from perjac.saliency.metrics.subject import same_target
-from perjac.shapes import known
 
 
 @dataclasses.dataclass(frozen=True)

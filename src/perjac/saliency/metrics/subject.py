@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from perjac._core.backend.shapes import known
 from perjac.engine import Engine
 from perjac.errors import InputError
-from perjac.saliency import pictures
+from perjac.saliency import _pictures
+from perjac.saliency._problem import Explained
 from perjac.saliency.attribution import Attribution
-from perjac.saliency.explained import Explained
-from perjac.shapes import known
 
 
 class Subject:
@@ -85,7 +85,7 @@ def in_rows(maps: np.ndarray) -> np.ndarray:
 def _shared(maps: np.ndarray, x: tuple[int, ...]) -> np.ndarray:
     """Return maps (B, M, *map_shape) as (B, M, *shape) of examples (B, *shape)."""
     maps, shape = maps.astype("f8"), x[1:]
-    channel = pictures.channel_axis(shape)
+    channel = _pictures.channel_axis(shape)
     if maps.ndim - 2 == len(shape) - 1 and channel is not None:
         maps = np.expand_dims(maps, maps.ndim if channel == -1 else 2)
     fits = len(maps) == x[0] and maps.ndim - 2 == len(shape)

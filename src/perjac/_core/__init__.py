@@ -1,0 +1,1 @@
+"""How it works. Nothing here is public: it may change at any time."""

@@ -1,0 +1,1 @@
+"""Cotangents: seeds, sweeps, the order of accumulation, parametrisations, the tape path."""

@@ -1,0 +1,1 @@
+"""The TensorFlow graph: trace → program → normal form → sites, and what it proves of examples."""

@@ -1,0 +1,1 @@
+"""What the user hands over: models, SavedModels, inputs, variables, losses."""

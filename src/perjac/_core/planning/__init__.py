@@ -1,0 +1,1 @@
+"""Numbers that choose: decisions, schedules, memory, trials."""

@@ -1,0 +1,1 @@
+"""What compiles and runs: the traces of a model, its jobs, checks, inspection, export."""

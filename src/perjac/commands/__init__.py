@@ -1,1 +1,0 @@
-"""What the longer commands do behind the command line: options → work, arrays and lines."""

@@ -1,1 +1,0 @@
-"""Pages that people look at: the demo's report and the saliency gallery, each a single file."""

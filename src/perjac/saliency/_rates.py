@@ -1,0 +1,60 @@
+"""How a hidden layer's output changes as the inputs move: derivatives in forward direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from perjac._core.backend import host
+from perjac._core.model.inputs import Batch
+from perjac._core.model.variables import Activation
+from perjac._core.runtime.traced_model import Traced
+from perjac.engine import Engine
+from perjac.errors import InputError
+
+
+def rates(
+    engine: Engine, activation: Activation, batch: Batch, moves: Mapping[int, tf.Tensor]
+) -> tf.Tensor:
+    """Return Σ_n (∂A/∂x_n)·v_n, (B, *shape), without a finite difference.
+
+    A backward pass gives J'u, which is linear in u; a second one, through the first, gives its
+    derivative in u along v, which is Jv, whatever u is.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    activation : Activation
+        The layer whose output is A.
+    batch : Batch
+        B examples.
+    moves : mapping of int to tf.Tensor
+        v_n (B, *input_shape) for input n; the others stay.
+    """
+    traced, names = engine.traces.of(batch)
+    tensor, places = names.head(activation), tuple(sorted(moves))
+    rate = traced.once(("rate", tensor, places), lambda: _rate(traced, tensor, places))
+    try:
+        return rate(list(batch.tensors), [moves[n] for n in places])
+    except LookupError as failure:
+        raise InputError(
+            f"The output of layer {activation.layer!r} cannot be differentiated twice: {failure}. "
+            "Use derivative='differences'."
+        ) from failure
+
+
+def _rate(traced: Traced, tensor: str, places: Sequence[int]) -> host.Compiled:
+    """Return a function of the inputs, and of directions of those at `places`."""
+    program = traced.plain
+    there = traced.program.counterpart(tensor, program)
+
+    def rate(leaves: list[tf.Tensor], directions: list[tf.Tensor]) -> tf.Tensor:
+        hidden = program.replay(leaves, {}, [there])[there]
+        u = tf.ones_like(hidden)
+        moved = [leaves[n] for n in places]
+        back = tf.gradients(hidden, moved, u, unconnected_gradients="zero")
+        return tf.gradients(back, u, directions, unconnected_gradients="zero")[0]
+
+    return host.compiled(rate)
