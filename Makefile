@@ -32,7 +32,8 @@ check: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not more and not large"
 
 zoo: lint
-	$(BIN)/python -m pytest -n 2 -m "slow or more or large" tests/test_zoo.py tests/test_chunks.py tests/test_random_models.py
+	$(BIN)/python -m pytest -n 2 -m "slow or more or large" tests/test_zoo.py tests/core/planning/test_memory_model.py \
+	  tests/test_random_models.py
 
 .PHONY: lint
 lint: $(VENV)/.test

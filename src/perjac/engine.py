@@ -378,7 +378,7 @@ class Engine(Trust):
         Parameters
         ----------
         question : Question
-            One of `perjac.questions`.
+            One of `perjac._core.factors.reductions`.
         x : as in `jacobian`
             A batch.
         wrt, of : as in `jacobian`

@@ -103,7 +103,7 @@ def load_labels(path: str | pathlib.Path) -> Data:
     Examples
     --------
     >>> import pathlib, tempfile
-    >>> from perjac import files
+    >>> from perjac.cli import data_files as files
     >>> path = pathlib.Path(tempfile.mkdtemp(), "y.csv")
     >>> _ = path.write_text("digit\n3\n1\n")
     >>> files.load_labels(path).inputs

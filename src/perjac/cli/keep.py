@@ -57,7 +57,7 @@ class Keep:
 
         Examples
         --------
-        >>> from perjac.keep import Keep
+        >>> from perjac.cli.keep import Keep
         >>> Keep.read("project:512", 0, "sparse").dim
         512
         """

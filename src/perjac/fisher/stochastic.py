@@ -32,7 +32,7 @@ class Estimate(float):
 
     Examples
     --------
-    >>> from perjac.fisher.estimates import Estimate
+    >>> from perjac.fisher.stochastic import Estimate
     >>> Estimate(2.0, 0.1, products=30) + 1
     3.0
     """
@@ -149,7 +149,7 @@ def hutchpp_trace(matrix: Any, products: int = 90, seed: int = 0) -> Estimate:
     Examples
     --------
     >>> import numpy as np
-    >>> from perjac.fisher.estimates import hutchpp_trace
+    >>> from perjac.fisher.stochastic import hutchpp_trace
     >>> v = np.arange(100.0)
     >>> trace = hutchpp_trace(np.outer(v, v) / 1000)
     >>> round(trace, 3), trace.products, trace.standard_error < 1e-9
@@ -221,7 +221,7 @@ def stochastic_logdet(
     Examples
     --------
     >>> import numpy as np
-    >>> from perjac.fisher.estimates import stochastic_logdet
+    >>> from perjac.fisher.stochastic import stochastic_logdet
     >>> v = np.arange(100.0)
     >>> found = stochastic_logdet(np.outer(v, v), damping=1.0, deflate=1)
     >>> round(found - np.log(1 + v @ v), 6) + 0.0

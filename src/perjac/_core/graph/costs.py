@@ -58,7 +58,7 @@ class Cost:
 
         Examples
         --------
-        >>> from perjac.device import Rates
+        >>> from perjac._core.backend.machine import Rates
         >>> rates = Rates(1e9, 1e9, 1e9, 1e9, 1e-6, 1e-4)
         >>> round(Cost(products=1e6, started=100).seconds(rates, 10), 6)
         0.0101

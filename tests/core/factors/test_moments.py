@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_factors import KINDS, SHAPES, Draw, by_kind, close
+from drawn_factors import KINDS, SHAPES, Draw, by_kind, close
 
 from perjac._core.backend.axis_layout import Relabelling
 from perjac._core.factors import Explicit, Grouped, Lookup, Outer, base, outer

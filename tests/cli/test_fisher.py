@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
+from commanded import run
 from models import floats, randomise
 from oracle import weight_rows
-from test_cli import run
 
 import perjac as pj
 from perjac import fisher as forms

@@ -11,9 +11,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commanded import run
 from PIL import Image
-
-from perjac.cli import main
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -45,19 +44,6 @@ def folder(tmp_path_factory):
         Image.fromarray(pixels).save(path / "pictures" / f"p{n}.png")
     (path / "pictures" / "<script>.txt").write_text("no picture")
     return path
-
-
-def run(capfd, *arguments) -> tuple[int, str, str]:
-    """Run main in this process; return its exit status and what it printed."""
-    before = sys.argv
-    sys.argv = ["perjac", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-    finally:
-        sys.argv = before
-    printed = capfd.readouterr()
-    return stop.value.code, printed.out, printed.err
 
 
 def test_help_answers_without_tensorflow():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,13 +12,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from drawn_factors import Draw, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 from models import floats, randomise
+from relabellings import chains
 from subjects import engine, subject
-from test_factors import Draw, rows_of
-from test_layout import chains
 
 import perjac as pj
 from perjac._core.backend.axis_layout import Relabelling
@@ -241,8 +242,12 @@ def numbers() -> list[float]:
 
 
 def test_projections_are_the_same_in_another_process():
-    here = os.path.dirname(__file__)
-    code = f"import sys; sys.path.insert(0, {here!r}); import test_sketch as t; print(t.numbers())"
+    here = pathlib.Path(__file__)
+    path = [str(here.parent), str(here.parents[2])]
+    code = (
+        f"import sys; sys.path[:0] = {path!r}\n"
+        "import test_random_projection as test; print(test.numbers())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONHASHSEED": "77"},

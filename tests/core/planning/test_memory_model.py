@@ -372,7 +372,7 @@ import sys; sys.path.insert(0, {tests!r})
 import os; os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import keras, numpy as np
 import models, perjac as pj
-from perjac.questions import Squares
+from perjac._core.factors.reductions import Squares
 
 def resident(kind):
     with open("/proc/self/status") as lines:
@@ -412,7 +412,7 @@ print(resident("VmHWM") - before)
                     ("transformer", "gradients", 320), ("transformer", "squares", 64)])],
 )  # fmt: skip
 def test_peak_memory_stays_under_the_limit(model, job, limit):
-    tests = str(pathlib.Path(__file__).parent)
+    tests = str(pathlib.Path(__file__).parents[2])
     for size in (10, 100, 1000):
         code = PEAK.format(tests=tests, model=model, job=job, size=size, limit=f"{limit}MiB")
         done = subprocess.run(
