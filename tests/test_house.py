@@ -175,3 +175,8 @@ def shown() -> list[pathlib.Path]:
 def test_what_strangers_copy_imports_public_names_only(path):
     for line in re.findall(r"^\s*(?:>>> )?((?:from|import) perjac\b.*)$", path.read_text(), re.M):
         assert not re.search(r"[ .]_(?!_)", line), line
+
+
+def test_the_picture_of_the_house_is_drawn_from_it():
+    script = ROOT / "docs" / "scripts" / "architecture.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0
