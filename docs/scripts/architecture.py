@@ -1,4 +1,4 @@
-"""Draws the rooms of perjac from its code, and lists the functions that one warm call walks through.
+"""Draws the rooms of perjac from its code, and lists the functions that one warm call enters.
 
 python docs/scripts/architecture.py            rewrites docs/architecture.svg and .md
 python docs/scripts/architecture.py --check    fails where they are not what the code says

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import numbers
+import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +14,8 @@ import tensorflow as tf
 
 from perjac._core.autodiff import seeds
 from perjac._core.backend import memory
+from perjac._core.backend.dtypes import at_least_float32
+from perjac._core.backend.shapes import size
 from perjac._core.backend.xla import NotForXla
 from perjac._core.factors.reductions import THEMSELVES, Question
 from perjac._core.graph import failures
@@ -16,13 +23,22 @@ from perjac._core.graph.added_losses import LOSS
 from perjac._core.model import inputs, inside_functions, loading
 from perjac._core.model.losses import Objective
 from perjac._core.model.variables import Source
-from perjac._core.runtime import laid
+from perjac._core.runtime import export, laid
 from perjac._core.runtime.certificate import SCHEDULES
+from perjac._core.runtime.inspection import Inspection
+from perjac._core.runtime.live_model import Live
 from perjac._core.runtime.objectives import Objectives
 from perjac._core.runtime.session import Traces
 from perjac._core.runtime.traced_model import Traced
-from perjac._core.runtime.trust import Trust
-from perjac.errors import check_one_of
+from perjac._core.runtime.verification import Verification, verify
+from perjac.errors import (
+    DisconnectedWarning,
+    InputError,
+    NotPicklableError,
+    PerjacError,
+    check_counts,
+    check_one_of,
+)
 from perjac.fisher import Fisher
 from perjac.fisher._rows_of import Root
 from perjac.gradients import Gradients
@@ -38,7 +54,7 @@ _OPTIONS = {
 }
 
 
-class Engine(Trust):
+class Engine:
     """Per-example Jacobians of a model.
 
     Parameters
@@ -70,15 +86,13 @@ class Engine(Trust):
     independence : {"check", "trust"}
         Whether to make sure that no example influences another.
     certify : {"schedule", "always", "never"}
-        Which calls are compared with `tf.GradientTape` on the model: the first of each kind, then
-        2, 4, 8, ...; all; or none. Weights that do not agree take the tape path, with a warning.
+        Which calls are compared with `tf.GradientTape` on the model: numbers 1, 2, 16, 128, ... of
+        each kind; all; or none. Weights that do not agree take the tape path, with a warning.
 
     Attributes
     ----------
     model : object
         What is called.
-    traces : Traces
-        Every trace of it.
 
     Raises
     ------
@@ -120,32 +134,38 @@ class Engine(Trust):
         self.model = model = loading.loaded(model, signature)
         self.memory_limit, self._jit = memory_limit, jit is not False
         self._check = independence == "check"
-        self.traces = Traces(model, variables, training, path, jit, autotune, certify)
-        self._objectives = Objectives(model, self.traces)
+        self._traces = Traces(model, variables, training, path, jit, autotune, certify)
+        self._objectives = Objectives(model, self._traces)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotPicklableError(
+            "An engine cannot be pickled or copied: it holds compiled programs. Pickle the model, "
+            "or the path of its file, and make the Engine anew there."
+        )
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
-        return f"Engine({name!r}, {len(self.traces.weights.keys)} variables)"
+        return f"Engine({name!r}, {len(self._traces.weights.keys)} variables)"
 
     @property
     def input_names(self) -> list[str]:
         """The names of the inputs that the model declares."""
-        return [e.name for e in self.traces.expected]
+        return [e.name for e in self._traces.expected]
 
     @property
     def expected(self) -> list[inputs.Expected]:
         """The inputs that the model declares: names, shapes and dtypes."""
-        return list(self.traces.expected)
+        return list(self._traces.expected)
 
     def made_up(self, count: int, seed: int = 0) -> Any:
         """Return made-up examples of the shapes the model declares: normal numbers, 0s and 1s."""
-        self.traces.example()  # refuses a model that declares none
-        return inputs.made_up(self.traces.expected, count, seed)
+        self._traces.example()  # refuses a model that declares none
+        return inputs.made_up(self._traces.expected, count, seed)
 
     @property
     def weight_names(self) -> list[str]:
         """The keys of the trainable weights."""
-        return [self.traces.weights.keys[n] for n in self.traces.weights.trainable]
+        return [self._traces.weights.keys[n] for n in self._traces.weights.trainable]
 
     def jacobian(
         self,
@@ -200,14 +220,14 @@ class Engine(Trust):
         numbers is done while it is traced, on made-up examples: NaN and labels that there are
         not are not looked for, and results cannot be differentiated again.
         """
-        batch = self.traces.prepare(x)
+        batch = self._traces.prepare(x)
         result, factors, sources, row_shape = self._derived(
             batch, None, of, wrt, outputs=outputs, cotangents=cotangents
         )
         return Jacobian(
             factors,
             sources,
-            self.traces.weights,
+            self._traces.weights,
             result,
             row_shape,
             memory_limit=self.memory_limit,
@@ -287,7 +307,7 @@ class Engine(Trust):
         return Gradients(
             factors,
             sources,
-            self.traces.weights,
+            self._traces.weights,
             losses,
             memory_limit=self.memory_limit,
             jit=self._jit,
@@ -367,7 +387,181 @@ class Engine(Trust):
         how = Root(self, kind, likelihood, known_variance, loss, samples, seed, wrt, of)  # type: ignore[arg-type]
         return Fisher(how, data, reduction, variance)
 
-    def summed(
+    def outputs(self, x: Any, *, of: Any = None) -> tf.Tensor:
+        """Return the model's outputs, (B, *output_shape).
+
+        Parameters
+        ----------
+        x : array, or list, tuple or dict of arrays
+            A batch of examples.
+        of : str, int or layer, optional
+            As in `jacobian`.
+        """
+        return self._outputs(self._traces.prepare(x), of)
+
+    def inspect(
+        self, batch_size: int = 32, *, x: Any = None, of: Any = None, measure: bool = False
+    ) -> Inspection:
+        """Return how each trainable weight goes: its sites, rules, path, why, and the cost.
+
+        Parameters
+        ----------
+        batch_size : int
+            For the time and memory expected.
+        x : array, optional
+            An example batch, for a model that does not declare the shapes of its inputs.
+        of : str, int or layer, optional
+            As in `jacobian`.
+        measure : bool
+            Whether to run it, and tell the time and memory that it took; an engine with
+            `autotune=True` does anyway.
+
+        Returns
+        -------
+        Inspection
+            A table: print it, or read its `rows` and `plan`.
+
+        Notes
+        -----
+        The time expected is counted work over the machine's rates, which are measured the first
+        time (half a second) and remembered. It is wrong by up to a factor of three where one
+        kernel is much slower than its kind.
+        """
+        check_counts(batch_size=batch_size)
+        inside_functions.refuse("inspect()")
+        batch = self._traces.prepare(self._traces.example() if x is None else x)
+        traced, names, head = self._traces.asked(batch, of, check=self._check)
+        count = size(traced.row_shape(head))
+        sources = names.sources("weights")
+        chosen = seeds.make(None, None, batch_size, traced.row_shape(head), traced.dtype(head))
+        plan = traced.plan(head, sources, batch, batch_size, chosen, self.memory_limit, measure)
+        decisions = traced.decisions(head, sources, count)
+        return Inspection.of(decisions, batch_size, count, plan, traced.independence(head))
+
+    def verify(self, x: Any, *, of: Any = None, rtol: float | None = None) -> Verification:
+        """Compare with a plain loop over examples and outputs, in float64.
+
+        Parameters
+        ----------
+        x : array, or list, tuple or dict of arrays
+            A few examples; the first 8 are looked at, and up to 10 outputs.
+        of : str, int or layer, optional
+            As in `jacobian`.
+        rtol : float, optional
+            The relative error allowed; by default 1e-10 in float64, 1e-4 in float32, 1e-2 below.
+
+        Returns
+        -------
+        Verification
+            With `verdict`, `passed` and the error of each weight.
+
+        Notes
+        -----
+        The reference is the model itself, not perjac's trace of it: its layers computing in
+        float64, a fresh trace of it in float64, or, where neither runs, a tape in its own type.
+        Where outputs are saturated, so that plain TensorFlow loses their gradients to rounding, the
+        comparison is made before the final softmax or sigmoid, and the note says so. Where that
+        does not help, the verdict is "undecided" and `passed` is False.
+        """
+        inside_functions.refuse("verify()")
+        if not (rtol is None or _is_positive(rtol)):
+            raise InputError(f"Expected rtol= as a number above zero. Received: {rtol!r}.")
+        batch = self._traces.prepare(x)
+        if batch.size == 0:
+            raise InputError("Expected at least one example to verify on. Received: none.")
+        found = self._compared(batch, of, rtol)
+        if found.verdict == "undecided" and of is None and self._has_logits(batch):
+            before = self._compared(batch, "logits", rtol)
+            if before.verdict != "undecided":
+                note = "The outputs are saturated: compared before the final softmax or sigmoid."
+                return dataclasses.replace(before, note=f"{note} {before.note}".strip())
+        return found
+
+    def _has_logits(self, batch: inputs.Batch) -> bool:
+        try:
+            self._traces.of(batch)[1].head("logits")
+        except PerjacError:
+            return False
+        return True
+
+    def _compared(self, batch: inputs.Batch, of: Any, rtol: float | None) -> Verification:
+        """Compare the Jacobian of one output with the live model's."""
+        traced, names = self._traces.of(batch)
+        head, sources = names.head(of), names.sources("weights")
+        logits = not traced.has_output(head)  # then it lies before the only output's end
+        live = Live(
+            traced.model(names.head(None) if logits else head),
+            traced.layer,
+            traced.program.weights,
+            [s.index for s in sources],
+            logits,
+        )
+
+        def jacobian(part: Any, rows: list[int]) -> Any:
+            # The report names what is zero, and what a certificate would leave to the tape.
+            with warnings.catch_warnings(), traced.uncertified():
+                warnings.simplefilter("ignore", DisconnectedWarning)
+                return self.jacobian(part, of=of, outputs=rows)
+
+        return verify(live, batch, sources, size(traced.row_shape(head)), jacobian, rtol)
+
+    def export(
+        self,
+        path: str | pathlib.Path,
+        x: Any,
+        y: Any = None,
+        *,
+        job: str = "jacobian",
+        wrt: Any = "weights",
+        of: Any = None,
+        outputs: Any = None,
+        loss: Any = None,
+    ) -> pathlib.Path:
+        """Write a compiled program for batches of one size, to be run without TensorFlow.
+
+        Parameters
+        ----------
+        path : str or path
+            Of the program, in StableHLO; beside it go a manifest of its arguments, `.json`, and
+            the variables' values, `.npz`.
+        x, y : as in `jacobian` and `gradients`
+            Examples of the shapes, types and batch size that the program is for.
+        job : {"jacobian", "diagonal", "gradients", "norms"}
+            Rows of the Jacobian; Σ of their squares; gradients of each example's loss; their norms.
+        wrt, of, outputs : as in `jacobian`
+            `wrt="inputs"` gives the Jacobian by the inputs.
+        loss : as in `gradients`
+            For the last two jobs.
+
+        Returns
+        -------
+        pathlib.Path
+            Of the program. `perjac.pjrt.load` runs it.
+
+        Raises
+        ------
+        PathError
+            If some weight would need the tape path.
+        InputError
+            If XLA cannot compile it.
+        """
+        check_one_of(job, list(export.JOBS), "job")
+        inside_functions.refuse("export()")
+        batch, objective = self._traces.prepare(x), None
+        if export.JOBS[job][1]:
+            objective = self._objectives.of(loss, None, None)
+            wide = at_least_float32(self._traces.floating)
+            batch = inputs.beside(batch, wide, y=y, sample_weight=None)
+        traced, names = self._traces.of(batch, objective)
+        head, sources = names.head(of if objective is None else LOSS), names.sources(wrt)
+        if self._check:
+            traced.check_graph(head)
+            traced.check_data(head, batch)
+        traced.check_sources(head, sources)
+        chosen = seeds.make(outputs, None, batch.size, traced.row_shape(head), traced.dtype(head))
+        return export.write(path, job, traced, head, sources, batch, chosen)
+
+    def _summed(
         self, question: Question, x: Any, *, wrt: Any = "weights", of: Any = None, **asked: Any
     ) -> dict[str, Any]:
         """Return what a question makes of each weight's rows, which are not kept.
@@ -387,16 +581,16 @@ class Engine(Trust):
             `outputs=` or `cotangents=`; or, for the rows of `gradients`, `y=` and `loss=`.
         """
         if "y" not in asked:
-            return self._derived(self.traces.prepare(x), None, of, wrt, question, **asked)[1]
+            return self._derived(self._traces.prepare(x), None, of, wrt, question, **asked)[1]
         objective = self._objectives.of(asked["loss"], None, None)
         batch = self._objectives.labelled(objective, x, asked["y"], None)
         return self._derived(batch, objective, LOSS, wrt, question)[1]
 
-    def sided(self) -> Engine:
+    def _sided(self) -> Engine:
         """Return this engine, with factors that keep both sides even where rows are smaller."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.traces = self.traces.uncompacted
+        other._traces = self._traces.uncompacted
         return other
 
     def _derived(
@@ -411,7 +605,7 @@ class Engine(Trust):
         """Return (outputs, answers, sources, row shape) of a head, or of the loss."""
         if inside_functions.is_inside():
             return laid.derived(self, batch, objective, of, wrt, question, asked)
-        traced, names, head = self.traces.asked(batch, of, objective, self._check)
+        traced, names, head = self._traces.asked(batch, of, objective, self._check)
         sources = names.sources(wrt)
         if self._check:
             with failures.blamed(traced.program, head, batch):
@@ -430,27 +624,15 @@ class Engine(Trust):
                     head, sources, batch, chosen, self.memory_limit, question
                 )
         except NotForXla as failure:
-            self.traces.without_xla(str(failure))
+            self._traces.without_xla(str(failure))
             return self._derived(batch, objective, of, wrt, question, **asked)
         return result, answers, sources, chosen.row_shape
 
-    def outputs(self, x: Any, *, of: Any = None) -> tf.Tensor:
-        """Return the model's outputs, (B, *output_shape).
-
-        Parameters
-        ----------
-        x : array, or list, tuple or dict of arrays
-            A batch of examples.
-        of : str, int or layer, optional
-            As in `jacobian`.
-        """
-        return self._outputs(self.traces.prepare(x), of)
-
     def _outputs(self, batch: inputs.Batch, of: Any) -> tf.Tensor:
-        traced, _, head = self.traces.asked(batch, of, check=False)
+        traced, _, head = self._traces.asked(batch, of, check=False)
         return traced.outputs(head, batch, self.memory_limit)
 
-    def checked(self, batch: inputs.Batch, of: Any = None) -> tuple[Traced, str]:
+    def _checked(self, batch: inputs.Batch, of: Any = None) -> tuple[Traced, str]:
         """Return the trace for such a batch and an output's tensor, the examples kept apart.
 
         Raises
@@ -460,8 +642,13 @@ class Engine(Trust):
         """
         if inside_functions.is_inside():
             return laid.checked(self, batch, of)
-        traced, _, head = self.traces.asked(batch, of, check=self._check)
+        traced, _, head = self._traces.asked(batch, of, check=self._check)
         if self._check:
             with failures.blamed(traced.program, head, batch):
                 traced.check_data(head, batch)
         return traced, head
+
+
+def _is_positive(value: Any) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and 0 < float(value) < math.inf

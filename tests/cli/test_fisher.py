@@ -441,7 +441,7 @@ def test_labels_that_nothing_needs_are_left_out_aloud(folder, truth, capfd):
 
 def stopping(monkeypatch, after):
     """Have Ctrl-C come while the batch after so many is worked on."""
-    whole, calls = pj.Engine.summed, []
+    whole, calls = pj.Engine._summed, []
 
     def pressed(engine, *asked, **named):
         calls.append(asked)
@@ -449,7 +449,7 @@ def stopping(monkeypatch, after):
             signal.raise_signal(signal.SIGINT)
         return whole(engine, *asked, **named)
 
-    monkeypatch.setattr(pj.Engine, "summed", pressed)
+    monkeypatch.setattr(pj.Engine, "_summed", pressed)
     return calls
 
 
@@ -570,7 +570,7 @@ def test_stopping_at_once_leaves_what_was_there(folder, capfd, monkeypatch, tmp_
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(pj.Engine, "summed", twice)
+    monkeypatch.setattr(pj.Engine, "_summed", twice)
     out = tmp_path / "form.npz"
     out.write_bytes(b"before")
     before = signal.getsignal(signal.SIGINT)

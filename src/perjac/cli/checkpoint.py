@@ -139,7 +139,7 @@ class Partial:
         """Return a number that changes with the model's weights and with the data."""
         import tensorflow as tf
 
-        found = [host.tf_variable(v).numpy() for v in self._engine.traces.weights.variables]
+        found = [host.tf_variable(v).numpy() for v in self._engine._traces.weights.variables]
         held = [array for array in found if not np.issubdtype(array.dtype, np.integer)]
         digest = 0
         for array in [*held, *map(np.asarray, tf.nest.flatten(self._data))]:

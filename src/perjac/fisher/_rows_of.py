@@ -126,7 +126,7 @@ class Root:
                 doubt = self._objective.doubts(labels, lambda _: outputs)
                 if doubt and not self._link:
                     warn(doubt, LossWarning)
-            sources = self.engine.traces.of(x)[1].sources(self.wrt)
+            sources = self.engine._traces.of(x)[1].sources(self.wrt)
         strange = [source.key for source in sources if source.kind != "weight"]
         if strange:
             raise InputError(f"Expected wrt= as weights. Received: {', '.join(strange)}.")
@@ -136,7 +136,7 @@ class Root:
         """Return K, the rows of each example."""
         if self.kind != "exact":
             return {"empirical": 1, "sampled": self.samples}[self.kind]
-        traced, names = self.engine.traces.of(x)
+        traced, names = self.engine._traces.of(x)
         return column_count(self.likelihood, traced.row_shape(names.head(self.of)))
 
     def at_once(self, x: Batch, formed: int = 0) -> tuple[int, int]:
@@ -150,7 +150,7 @@ class Root:
             Bytes that are made of each row, besides what it is held in.
         """
         limit = min(memory.limit(self.engine.memory_limit) or _AT_ONCE, _AT_ONCE)
-        traced, names = self.engine.traces.of(x)
+        traced, names = self.engine._traces.of(x)
         heads = list(traced.program.heads.values())
         head = heads[0] if self.kind == "empirical" else names.head(self.of)
         rows = self.row_count(x)
@@ -184,7 +184,7 @@ class Root:
     ) -> Iterator[dict[str, Any]]:
         """Give what a question makes of each of these parts, whose rows are not kept."""
         for asked in self._asked(x, y, start, most):
-            yield self.engine.summed(question, x, wrt=self.wrt, of=self.of, **asked)
+            yield self.engine._summed(question, x, wrt=self.wrt, of=self.of, **asked)
 
     def _asked(self, x: Batch, y: Any, start: int, most: int) -> Iterator[dict[str, Any]]:
         """Give what tells the engine which rows, at most so many of an example at a time."""
@@ -192,7 +192,7 @@ class Root:
             yield {"y": y, "loss": self.loss}
             return
         if self.kind == "exact" and not self._is_loss:
-            traced, names = self.engine.traces.of(x)
+            traced, names = self.engine._traces.of(x)
             count = column_count(self.likelihood, traced.row_shape(names.head(self.of)))
             for columns in chunks(count, most):
                 one_hot = self.likelihood not in ROOTS  # the Gaussian's root, but for its scale
@@ -249,7 +249,7 @@ class Root:
     def _settle(self, x: Batch) -> None:
         """Find the output to differentiate: before the final softmax or sigmoid of the model."""
         wanted = _of_probabilities(self.likelihood) if self._is_loss else (self.likelihood,)
-        traced, names = self.engine.traces.of(x)
+        traced, names = self.engine._traces.of(x)
         head = names.head(self.of)
         link = before_link(traced.program, head)[1]
         if _OF_LINKS.get(link) in wanted and self.of is None:

@@ -18,7 +18,7 @@ from perjac.fisher.information import Fisher
 
 def every_variable(engine: Any) -> dict[str, tf.Variable]:
     """Return all of the engine's variables, by key."""
-    weights = engine.traces.weights
+    weights = engine._traces.weights
     return keyed(dict(zip(weights.keys, map(host.tf_variable, weights.variables), strict=True)))
 
 

@@ -131,7 +131,7 @@ class ElasticWeightConsolidation:
 
     def __init__(self, engine: Any, information: Fisher | Form, strength: float = 1.0):
         form = form_of(information)
-        columns, weights = form.columns, engine.traces.weights
+        columns, weights = form.columns, engine._traces.weights
         self._variables = variables(engine, columns)
         self._model = engine.model
         own = dict(zip(weights.keys, weights.variables, strict=True))

@@ -284,7 +284,7 @@ class Influence:
         self, newton: bool, wanted: set[int]
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Give numbers of some examples, and by how much the weights change without, (P, n)."""
-        first = self._engine.traces.prepare(self._stream.first()[0])
+        first = self._engine._traces.prepare(self._stream.first()[0])
         own = self._root.row_count(first) if newton else 0
         for start, gradients, pair in self._each_gradient(self._stream, 1 + own, wanted):
             here = [n for n in range(len(gradients)) if start + n in wanted]
@@ -311,7 +311,7 @@ class Influence:
 
     def _rows(self, start: int, x: Any, y: Any) -> np.ndarray:
         """Return the rows of the curvature of a block of examples, (m, K, P)."""
-        given = self._engine.traces.prepare(x)
+        given = self._engine._traces.prepare(x)
         parts = [
             np.asarray(rows.matrix(), "f8")
             for rows in self._root.parts(given, y, start, self._root.row_count(given))

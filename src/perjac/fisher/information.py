@@ -70,7 +70,7 @@ class Fisher:
         if variance != 1.0 and not root.has_variance:
             raise InputError(f"variance= is of likelihood='gaussian'. Received: {variance!r}.")
         x, y = self._stream.first(_FEW)
-        self._few = root.engine.traces.prepare(x)
+        self._few = root.engine._traces.prepare(x)
         sources = root.prepare(self._few, y)
         self.columns = Columns(tuple(s.key for s in sources), tuple(s.shape for s in sources))
         if variance == "fitted":
@@ -143,7 +143,7 @@ class Fisher:
         self._done = 0
         for start, x, y in self._stream.batches(examples, self._start):
             try:
-                yield from ask(self._root.engine.traces.prepare(x), y, start, most)
+                yield from ask(self._root.engine._traces.prepare(x), y, start, most)
             except PerjacError as failure:
                 if start:
                     failure.add_note(f"Examples are counted from number {start}.")
@@ -404,7 +404,7 @@ class Fisher:
 
     def _sided(self) -> Root:
         """Return what makes the rows, of factors that keep their sides a and δ."""
-        return dataclasses.replace(self._root, engine=self._root.engine.sided())
+        return dataclasses.replace(self._root, engine=self._root.engine._sided())
 
     def _held(self) -> list[Rows]:
         held: list[Rows] = []

@@ -323,7 +323,7 @@ class Laplace:
     def _chunks(self, x: Any) -> Iterator[Any]:
         """Give as many examples at a time as memory has room for the rows of a block of."""
         stream = Stream.of(x if isinstance(x, tf.data.Dataset) else (x,))
-        traced, names = self.engine.traces.of(self.engine.traces.prepare(stream.first()[0]))
+        traced, names = self.engine._traces.of(self.engine._traces.prepare(stream.first()[0]))
         head, weights = names.head(self.of), names.sources(list(self.keys))
         count = size(traced.row_shape(head))
         decisions = traced.decisions(head, weights, count)
@@ -348,7 +348,7 @@ def last_layer(engine: Any, x: Any, of: Any = None) -> list[str]:
     of : str, int or layer, optional
         As in `Engine.jacobian`.
     """
-    traced, names = engine.traces.of(engine.traces.prepare(x))
+    traced, names = engine._traces.of(engine._traces.prepare(x))
     head, weights = names.head(of), names.sources("weights")
     count = size(traced.row_shape(head))
     order = {op.name: n for n, op in enumerate(traced.program.graph.get_operations())}
@@ -370,7 +370,7 @@ def _fit(engine: Any, data: Any, likelihood: str, of: Any) -> Fit | None:
     x, y = stream.first()
     if y is None:
         return None
-    traced, names = engine.traces.of(engine.traces.prepare(x))
+    traced, names = engine._traces.of(engine._traces.prepare(x))
     limit = min(memory.limit(engine.memory_limit) or _AT_ONCE, _AT_ONCE)
     most = max(1, limit // (2 * traced.footprint(names.head(of))))
     for start, x, y in stream.batches(most):

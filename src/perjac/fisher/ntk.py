@@ -162,7 +162,7 @@ class _Asked:
     @classmethod
     def of_first(cls, engine: Any, x: Any, outputs: Any, of: Any, wrt: Any, trace: bool) -> _Asked:
         """Settle it by the first example."""
-        traced, names = engine.traces.of(engine.traces.prepare(_part(x, slice(0, 1))))
+        traced, names = engine._traces.of(engine._traces.prepare(_part(x, slice(0, 1))))
         head, sources = names.head(of), names.sources(wrt)
         count = size(traced.row_shape(head))
         chosen = _chosen(outputs, count)
@@ -309,7 +309,7 @@ def _part(x: Any, where: slice) -> Any:
 def _fingerprint(asked: _Asked, x: Any, x2: Any) -> str:
     """Return what tells this kernel from others: its options, and a digest of all numbers."""
     digest = hashlib.sha256()
-    for leaf in [*asked.engine.traces.weights.variables, *tf.nest.flatten((x, x2))]:
+    for leaf in [*asked.engine._traces.weights.variables, *tf.nest.flatten((x, x2))]:
         if leaf is not None:
             array = np.ascontiguousarray(leaf)
             texts = array.dtype == object  # whose bytes are addresses

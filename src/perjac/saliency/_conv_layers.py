@@ -66,7 +66,7 @@ def place(engine: Engine, batch: Batch, layer: Any, of: Any) -> Place:
     InputError
         If the layer's output is no grid of channels.
     """
-    traced, names = engine.traces.of(batch)
+    traced, names = engine._traces.of(batch)
     head, wanted = names.head(of), None if layer is None else activation_of(layer)
     return traced.once(("place", head, wanted), lambda: _place(traced.program, head, wanted))
 

@@ -120,16 +120,16 @@ class Explained:
         self._of = of
         if isinstance(wrt, Activation):
             engine, given = after(engine, wrt, x)
-            batch = engine.traces.prepare(given)
+            batch = engine._traces.prepare(given)
             self._places, self.names = [0], [wrt.layer]
         else:
-            batch = engine.traces.prepare(x)
+            batch = engine._traces.prepare(x)
             self._places = _places(batch, wrt)
             self.names = [batch.names[n] for n in self._places]
         self._engine, self._batch = engine, batch
         self._sources = [batch.names[n] for n in self._places]
         self.values = [batch.tensors[n] for n in self._places]
-        traced, _, head = engine.traces.asked(batch, of, check=False)
+        traced, _, head = engine._traces.asked(batch, of, check=False)
         self._in_places = isinstance(traced, Fixed)
         self._each = traced.footprint(head)
         self.link = "" if of == "logits" else before_link(traced.program, head)[1]
@@ -222,7 +222,7 @@ class Explained:
         ExamplesMeetError
             If examples influence one another.
         """
-        traced, head = self._engine.checked(self._batch, self._of)
+        traced, head = self._engine._checked(self._batch, self._of)
         return traced, head, self._batch, self._places
 
     @property
@@ -270,7 +270,7 @@ class Explained:
         activation: Activation,
     ) -> tf.Tensor:
         """Return how a hidden layer's output (N, *shape) changes as points move in directions."""
-        batch = self._engine.traces.prepare(self._packed(points, owners))
+        batch = self._engine._traces.prepare(self._packed(points, owners))
         moves = dict(zip(self._places, directions, strict=True))
         return rates(self._engine, activation, batch, moves)
 

@@ -33,7 +33,7 @@ def rates(
     moves : mapping of int to tf.Tensor
         v_n (B, *input_shape) for input n; the others stay.
     """
-    traced, names = engine.traces.of(batch)
+    traced, names = engine._traces.of(batch)
     tensor, places = names.head(activation), tuple(sorted(moves))
     rate = traced.once(("rate", tensor, places), lambda: _rate(traced, tensor, places))
     try:

@@ -31,8 +31,8 @@ def after(engine: Engine, activation: Activation, x: Any) -> tuple[Engine, list[
     given : list of tf.Tensor
         These at the examples, the layer's output (B, *shape) first.
     """
-    batch = engine.traces.prepare(x)
-    traced, names = engine.traces.of(batch)
+    batch = engine._traces.prepare(x)
+    traced, names = engine._traces.of(batch)
     tensor = names.head(activation)
     value = traced.outputs(tensor, batch)
     if not value.dtype.is_floating:

@@ -280,7 +280,7 @@ def _map(
     finish: Finish,
 ) -> Attribution:
     """Return one of the methods' answers; they differ in how channels are weighed."""
-    batch = engine.traces.prepare(x)
+    batch = engine._traces.prepare(x)
     there = place(engine, batch, layer, of)
     seen, size = _under(batch.tensors, there, finish)
     explained = Explained(engine, batch.packed, target, there.activation, of)

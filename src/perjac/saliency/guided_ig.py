@@ -94,7 +94,7 @@ def guided_ig(
     if explained.target.kind != "all":
         flat = _guided(explained, first, chosen)
     else:  # each output's path side by side
-        batch = engine.traces.prepare(x)
+        batch = engine._traces.prepare(x)
         again = tf.nest.map_structure(lambda t: tf.repeat(t, count, 0), batch.packed)
         outputs = np.tile(np.arange(count), explained.size)
         every = Explained(engine, again, outputs, wrt, of)

@@ -192,7 +192,7 @@ def _gathered(
     if attribution is not None:
         method: Callable[..., Attribution] = attribution
         return method(engine, x, target, of=of, **options)
-    images = engine.traces.prepare(x).tensors[0]
+    images = engine._traces.prepare(x).tensors[0]
     ends = [
         tf.broadcast_to(end(images, range(1, images.shape.rank), keepdims=True), images.shape)
         for end in (tf.reduce_min, tf.reduce_max)

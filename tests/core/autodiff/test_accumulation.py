@@ -33,7 +33,7 @@ def numbers(*shape: int) -> tf.Tensor:
 
 def way(engine: pj.Engine, x) -> tuple[str, bool, bool]:
     """Return (cut, by columns, folded above) of the last way that was chosen."""
-    jobs = engine.traces.of(engine.traces.prepare(x))[0]._jobs
+    jobs = engine._traces.of(engine._traces.prepare(x))[0]._jobs
     route = list(jobs._by_route.values())[-1]._route
     return route.cut, route.columns, route.upper.passage is not None
 

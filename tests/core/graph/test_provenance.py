@@ -321,7 +321,7 @@ def analysis(function, shape):
     engine = pj.Engine(function, independence="trust", certify="never")
     with warnings.catch_warnings():  # some loops are left as they are
         warnings.simplefilter("ignore", SlowPathWarning)
-        traced, names = engine.traces.of(engine.traces.prepare(x))
+        traced, names = engine._traces.of(engine._traces.prepare(x))
     return _Analysis(traced.program, traced._flow, names.head(None))
 
 

@@ -255,7 +255,7 @@ def test_an_unchanged_model_is_traced_once(make, traced, tmp_path):
         before = len(traced)
         engine.jacobian(X)
         assert len(traced) == before, step
-    assert len(engine.traces._made) == 1
+    assert len(engine._traces._made) == 1
 
 
 def test_an_unchanged_module_is_traced_once(traced, tmp_path):

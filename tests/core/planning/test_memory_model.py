@@ -85,7 +85,7 @@ def whole(name):
     subject = case.make(batch=BATCH)
     # XLA compiles a loop for each length of a run, a second each.
     engine = pj.Engine(subject.target, jit=False, **subject.options)
-    answers = [engine.summed(question, subject.x) for question in QUESTIONS]
+    answers = [engine._summed(question, subject.x) for question in QUESTIONS]
     jac = engine.jacobian(subject.x)
     assert {type(factor) for factor in jac._factors.values()} == KINDS[name]
     expected = weight_rows(subject.call, subject.x, subject.trainable)
@@ -101,7 +101,7 @@ def test_results_do_not_depend_on_the_runs(name, length):
     engine, x, jac, answers = whole(name)
     with runs_of(length):
         parts = engine.jacobian(x)
-        summed = [engine.summed(question, x) for question in QUESTIONS]
+        summed = [engine._summed(question, x) for question in QUESTIONS]
     for key, factor in jac._factors.items():
         assert type(parts._factors[key]) is type(factor)
     close(parts._factors, jac._factors)
@@ -187,7 +187,7 @@ def test_the_tape_path_goes_in_runs_too():
     subject = MODELS["mlp"].make(batch=BATCH)
     engine = pj.Engine(subject.target, path="tape")
     with runs_of(3):
-        taped, squares = engine.jacobian(x), engine.summed(Squares(), x)
+        taped, squares = engine.jacobian(x), engine._summed(Squares(), x)
     close([taped[key] for key in taped], [jac[key] for key in jac])
     close([squares[key] for key in taped], list(jac.diagonal().values()))
 
@@ -252,8 +252,8 @@ def test_a_limit_cuts_batches_and_what_is_held_must_fit():
     with pytest.raises(TooLargeError, match="Even unformed"):
         pj.Engine(subject.target, memory_limit="1MiB").jacobian(subject.x)
     small = pj.Engine(subject.target, memory_limit="1MiB")  # of which nothing is held
-    squares = small.summed(Squares(), subject.x[:8])
-    expected = pj.Engine(subject.target).summed(Squares(), subject.x[:8])
+    squares = small._summed(Squares(), subject.x[:8])
+    expected = pj.Engine(subject.target)._summed(Squares(), subject.x[:8])
     for key, square in expected.items():
         np.testing.assert_allclose(squares[key], square, rtol=1e-4, atol=1e-5)
 
@@ -297,8 +297,8 @@ def test_no_more_memory_is_taken_than_foretold(name, operations, wrt, monkeypatc
     model = MODELS[name].build()
     engine = pj.Engine(model)
     x = np.random.default_rng(0).standard_normal((examples, *model.input_shape[1:]))
-    batch = engine.traces.prepare(x)
-    traced, names = engine.traces.of(batch)
+    batch = engine._traces.prepare(x)
+    traced, names = engine._traces.of(batch)
     head, sources = names.head(None), names.sources(wrt)
     dtype = traced.program.graph.get_tensor_by_name(head).dtype
     chosen = seeds.make(None, None, examples, traced.row_shape(head), dtype)
@@ -391,7 +391,7 @@ loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 engine = pj.Engine(model, memory_limit={limit!r})
 jobs = {{
     "jacobian": lambda x, y: engine.jacobian(x),
-    "squares": lambda x, y: engine.summed(Squares(), x),
+    "squares": lambda x, y: engine._summed(Squares(), x),
     "gradients": lambda x, y: engine.gradients(x, y, loss=loss),
 }}
 job = jobs[{job!r}]

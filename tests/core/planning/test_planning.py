@@ -49,7 +49,7 @@ def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
 
 
 def program_of(model: keras.Model, x: np.ndarray):
-    traces = pj.Engine(model).traces
+    traces = pj.Engine(model)._traces
     traced, names = traces.of(traces.prepare(x))
     return traced.program, names.head(None)
 
@@ -242,7 +242,7 @@ def test_the_usual_schedule_looks_at_each_stretch_of_the_way():
     )  # fmt: skip
     engine, x = pj.Engine(model), numbers(3, 6, 6, 2)
     engine.jacobian(x, wrt="inputs")
-    (job,) = engine.traces.of(engine.traces.prepare(x))[0]._jobs._by_route.values()
+    (job,) = engine._traces.of(engine._traces.prepare(x))[0]._jobs._by_route.values()
     assert job._route.lower.chunk == 1
     assert not Schedule().unrolls(job._program, job._head, 1000)
 
@@ -390,7 +390,7 @@ def test_nothing_is_compiled_by_xla_where_that_was_refused(remembered):
     pj.Engine(model, autotune=True).jacobian(x)  # what this remembers is not for the next one
     engine = pj.Engine(model, autotune=True, jit=False)
     engine.jacobian(x)
-    traced = engine.traces.of(engine.traces.prepare(x))[0]
+    traced = engine._traces.of(engine._traces.prepare(x))[0]
     (tuned,) = (made for key, made in traced._made.items() if key[0] == "tuned")
     assert {trial.schedule.xla for trial in tuned.trials} == {False}
 
@@ -466,7 +466,7 @@ def test_short_batches_are_filled_up_and_cut_off(wrt, outputs):
     for key, rows in expected.items():
         np.testing.assert_allclose(found[key], rows, rtol=1e-12)
     np.testing.assert_allclose(found.norms(), expected.norms(), rtol=1e-12)
-    ((sizes),) = engine.traces.of(engine.traces.prepare(x))[0]._jobs._sizes.values()
+    ((sizes),) = engine._traces.of(engine._traces.prepare(x))[0]._jobs._sizes.values()
     assert set(sizes.compiled) == {8}
     assert 3 in sizes.wasted
 
@@ -482,7 +482,7 @@ def test_what_is_cut_off_is_wasted():
 def test_a_size_that_comes_often_is_compiled_for():
     engine, x = pj.Engine(dense(6, 3), jit=True), numbers(8, 4)
     engine.jacobian(x)
-    (sizes,) = engine.traces.of(engine.traces.prepare(x))[0]._jobs._sizes.values()
+    (sizes,) = engine._traces.of(engine._traces.prepare(x))[0]._jobs._sizes.values()
     sizes.wasted[3] = 1e9
     engine.jacobian(x[:3])
     assert set(sizes.compiled) == {8, 3}

@@ -60,7 +60,7 @@ def variable(*shape):
 
 def certificates(engine):
     """Return the certificates of an engine's only trace."""
-    ((traced, _),) = engine.traces._made.values()
+    ((traced, _),) = engine._traces._made.values()
     return traced._certificates
 
 
@@ -172,7 +172,7 @@ ASKED = {
     "each": lambda e, x: e.jacobian(x, outputs=np.array([2, 0, 1, 1])),
     "cotangents": lambda e, x: e.jacobian(x, cotangents=data(4, 2, 3)),
     "losses": lambda e, x: e.gradients(x, data(4, 3), loss="mse", sample_weight=[1, 2, 3, 0.5]),
-    "squares": lambda e, x: e.summed(Squares(), x),
+    "squares": lambda e, x: e._summed(Squares(), x),
     "fisher": lambda e, x: e.fisher(x, likelihood="categorical").kronecker(),
 }
 
@@ -224,7 +224,7 @@ def test_a_fault_that_shows_later_is_found_later(monkeypatch):
     model = mlp()
     engine = pj.Engine(model)
     engine.jacobian(data(4, 5))
-    ((traced, _),) = engine.traces._made.values()
+    ((traced, _),) = engine._traces._made.values()
     traced._jobs = type(traced._jobs)(traced.program)
     traced._alone.clear()
     right = rules.RULES["MatMul"]
@@ -259,7 +259,7 @@ def test_where_the_tape_fails_too_the_call_raises(monkeypatch):
 def test_examples_that_meet_as_the_user_trusts_are_not_decided():
     engine = pj.Engine(normalised(), training=True, independence="trust")
     engine.jacobian(data(6, 5))
-    ((traced, _),) = engine.traces._made.values()
+    ((traced, _),) = engine._traces._made.values()
     assert "rest of its batch" in traced._certificates.said("Identity:0")
 
 
@@ -410,7 +410,7 @@ def test_rounding_is_what_float64_changes():
     model = keras.Model(i, L.Dense(3, "sigmoid")(L.Dense(4, "tanh")(i)))
     engine = pj.Engine(model)
     x = tf.constant(data(4, 5))
-    traced, names = engine.traces.of(engine.traces.prepare(x))
+    traced, names = engine._traces.of(engine._traces.prepare(x))
     sources = names.sources("weights") + names.sources("inputs")
     plain = traced.plain
     head = traced.program.counterpart(names.head(None), plain)

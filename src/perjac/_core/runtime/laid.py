@@ -59,18 +59,18 @@ def derived(
 
 
 def checked(engine: Any, batch: Batch, of: Any) -> tuple:
-    """Return what `Engine.checked` does, of made-up examples."""
+    """Return what `Engine._checked` does, of made-up examples."""
     inside_functions.check(batch)
     made_up = inside_functions.stand_in(batch)
     with inside_functions.outside("The call"):
-        return engine.checked(made_up, of)
+        return engine._checked(made_up, of)
 
 
 def _known(
     engine: Any, batch: Batch, objective: Any, of: Any, wrt: Any, asked: dict[str, Any]
 ) -> tuple:
     """Return the trace, the output's tensor, the sources, and the seeds."""
-    traced, names = engine.traces.of(batch, objective)
+    traced, names = engine._traces.of(batch, objective)
     head = names.head(of)
     about = asked.get("outputs"), asked.get("cotangents"), batch.size
     chosen = seeds.make(*about, traced.row_shape(head), traced.dtype(head))

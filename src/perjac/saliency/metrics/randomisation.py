@@ -176,8 +176,8 @@ def _put_back(variables: Sequence[tf.Variable]) -> Iterator[None]:
 
 def _layers(engine: Engine, x: Any, of: Any) -> dict[str, list[tf.Variable]]:
     """Return the weights on the way to the output by layer, the last to meet the data first."""
-    traced, names = engine.traces.of(engine.traces.prepare(x))
-    program, weights = traced.program, engine.traces.weights
+    traced, names = engine._traces.of(engine._traces.prepare(x))
+    program, weights = traced.program, engine._traces.weights
     needed = walk.upstream(program, [names.head(of)])
     at = {op.name: n for n, op in enumerate(program.graph.get_operations())}
     last: dict[int, int] = {}

@@ -100,7 +100,7 @@ def max_sensitivity(
         raise InputError(f"Expected radius= 0 or more. Received: {radius!r}.")
     there = method(engine, x, target, of=of, **options)
     fixed = same_target(there, target)
-    batch = engine.traces.prepare(x)
+    batch = engine._traces.prepare(x)
     distances = []
     for number in range(samples):
         generator = np.random.default_rng([seed, number])
