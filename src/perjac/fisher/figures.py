@@ -42,8 +42,8 @@ def spectrum(
     Examples
     --------
     >>> import io
-    >>> from perjac.report import fisher
-    >>> drawn = fisher.spectrum([3.0, 0.5, 1e-4], damping=1e-2)
+    >>> from perjac.fisher import figures
+    >>> drawn = figures.spectrum([3.0, 0.5, 1e-4], damping=1e-2)
     >>> drawn.savefig(io.BytesIO(), format="pdf")
     """
     is_form = isinstance(information, Form)
