@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import MODELS, floats, randomise
+from sampling import but
 from subjects import EVERY_MODEL, chosen, engine, expected, flat_rows, names, subject
 
 import perjac as pj
@@ -33,7 +34,7 @@ def weight_rows(name: str, dtype: str, path: str = "auto") -> list[np.ndarray]:
     return [flat_rows(jac, jac[v]) for v in subject(name, dtype).trainable]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", but({"float32"}, ["float64", "float32"]))
 @every_model
 def test_weight_jacobians_agree_with_the_oracle(name, dtype):
     found = weight_rows(name, dtype)

@@ -80,7 +80,7 @@ def test_every_way_is_checked_and_timed(tmp_path):
     assert (tmp_path / "latest.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_missing_environment_is_reported(tmp_path):
     found = run(tmp_path, "--peers", "BackPACK", "--jobs", "gradient_norms", "--repeats", "1",
                 "--python", f"torch={tmp_path / 'nowhere'}")  # fmt: skip
@@ -294,7 +294,7 @@ def test_the_page_is_written_from_the_records(tmp_path):
     assert "| 1000.0 | 100.0 | 100.0 | 100% |" in text
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_programs_are_carried_checked_and_timed(tmp_path):
     folder = tmp_path / "carried"
     jobs = ["--jobs", "weights", "gradient_norms"]
@@ -321,7 +321,7 @@ def test_programs_are_carried_checked_and_timed(tmp_path):
     assert "**no GPU was found**" in (tmp_path / "latest.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_costs_are_measured_as_something_grows(tmp_path):
     command = [sys.executable, str(FOLDER / "scaling.py"), "--axes", "K", "--jobs", "weights",
                "--points", "4", "--repeats", "1", "--out", str(tmp_path)]  # fmt: skip

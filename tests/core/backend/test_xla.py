@@ -114,8 +114,8 @@ def words():
     [
         (dense, "float64"),
         (dense, "float32"),
-        pytest.param(pictures, "float64", marks=pytest.mark.slow),
-        pytest.param(words, "float32", marks=pytest.mark.slow),
+        pytest.param(pictures, "float64", marks=pytest.mark.more),
+        pytest.param(words, "float32", marks=pytest.mark.more),
     ],
 )
 def test_rows_are_the_same_compiled(make, dtype):

@@ -19,6 +19,7 @@ import oracle
 import pytest
 import tensorflow as tf
 from models import floats, randomise
+from sampling import every
 
 import perjac as pj
 from perjac.errors import DisconnectedWarning, ExamplesMeetError, SlowPathWarning
@@ -76,7 +77,7 @@ def compare(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", every(2, RIGHT))
 def test_independent_examples_are_right_in_any_order(name):
     compare(name)
 
@@ -280,7 +281,7 @@ SEEING = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", SEEING)
-@pytest.mark.parametrize("nothing", NOTHING)
+@pytest.mark.parametrize("nothing", every(2, NOTHING))
 def test_layers_that_see_the_same_for_all_data_are_right_in_any_order(nothing, layer):
     with floats("float64"):
         x = keras.Input((4, 1))

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import floats, randomise
+from sampling import every
 from small_models import Weighted, sequential
 
 import perjac as pj
@@ -83,7 +84,7 @@ def step_with(w):
     return lambda h, x: step(h + x, w)
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", every(2, LOOPS))
 def test_weights_in_loops_are_factored(name):
     assert tape_rows(applied(LOOPS[name], 4, 4), draw(4)) == []
 
@@ -98,7 +99,7 @@ def test_a_loop_whose_end_only_data_tells_goes_to_the_tape():
     assert ["While" in row.reason for row in rows] == [True]
 
 
-@pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+@pytest.mark.parametrize("layer", every(3, [layers.LSTM, layers.GRU, layers.SimpleRNN]))
 @pytest.mark.parametrize("sequences", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_recurrent_layers_are_left_as_they_were(layer, sequences):
     with floats("float64"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 
 import keras
@@ -12,6 +13,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import floats, randomise
+from sampling import every
 
 import perjac as pj
 from perjac._core.backend import host
@@ -62,8 +64,10 @@ def test_a_jacobian():
     agrees(net(), X)
 
 
-@pytest.mark.parametrize("path", ["auto", "tape"])
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "path"),
+    every(3, itertools.product(["float64", "float32"], ["auto", "tape"])),
+)
 def test_jacobians_of_other_models(dtype, path):
     for model, shape in (
         (net(dtype), (3,)),

@@ -414,6 +414,7 @@ def test_inspect_foretells_and_measures():
     assert "; measured " in text
 
 
+@pytest.mark.more
 def test_inspect_makes_no_batch_to_foretell():
     engine = pj.Engine(dense(8, 3, shape=(1000,)))
     engine.inspect(2)
