@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
+from perjac._core.autodiff.sweep import forward
 from perjac._core.backend import host
 from perjac._core.model.inputs import Batch
 from perjac._core.model.variables import Activation
@@ -18,9 +19,6 @@ def rates(
     engine: Engine, activation: Activation, batch: Batch, moves: Mapping[int, tf.Tensor]
 ) -> tf.Tensor:
     """Return Σ_n (∂A/∂x_n)·v_n, (B, *shape), without a finite difference.
-
-    A backward pass gives J'u, which is linear in u; a second one, through the first, gives its
-    derivative in u along v, which is Jv, whatever u is.
 
     Parameters
     ----------
@@ -52,9 +50,7 @@ def _rate(traced: Traced, tensor: str, places: Sequence[int]) -> host.Compiled:
 
     def rate(leaves: list[tf.Tensor], directions: list[tf.Tensor]) -> tf.Tensor:
         hidden = program.replay(leaves, {}, [there])[there]
-        u = tf.ones_like(hidden)
-        moved = [leaves[n] for n in places]
-        back = tf.gradients(hidden, moved, u, unconnected_gradients="zero")
-        return tf.gradients(back, u, directions, unconnected_gradients="zero")[0]
+        ahead = forward(hidden, [leaves[n] for n in places])
+        return tf.zeros_like(hidden) if ahead is None else ahead(directions)
 
     return host.compiled(rate)

@@ -61,9 +61,6 @@ def tangents(
 ) -> tf.Tensor | None:
     """Return the output's tangent for each column, (B, D, *output_shape).
 
-    A cotangent's way back is linear in the cotangent, and the derivative by it is the way ahead; so
-    of the way back nothing is computed.
-
     Parameters
     ----------
     output, source : tf.Tensor
@@ -80,15 +77,37 @@ def tangents(
     LookupError
         If an operation's gradient has no gradient.
     """
-    cotangent = tf.zeros_like(output)
-    (back,) = tf.gradients(output, source, grad_ys=cotangent)
-    if back is None:
+    ahead = forward(output, [source])
+    if ahead is None:
         return None
+    return _each(lambda d: [ahead([column(d)])], 1, count, chunk)[0]
 
-    def sweep(d: object) -> list[tf.Tensor | None]:
-        return tf.gradients(tf.convert_to_tensor(back), cotangent, grad_ys=column(d))
 
-    return _each(sweep, 1, count, chunk)[0]
+def forward(
+    output: tf.Tensor, sources: Sequence[tf.Tensor]
+) -> Callable[[Sequence[tf.Tensor]], tf.Tensor] | None:
+    """Return a function of tangents of the sources to the output's; None if it depends on none.
+
+    A cotangent's way back is linear in the cotangent, and the derivative by it is the way ahead,
+    whatever the cotangent; so of the way back nothing is computed.
+
+    Raises
+    ------
+    LookupError
+        If an operation's gradient has no gradient; the function raises it.
+    """
+    cotangent = tf.zeros_like(output)
+    back = tf.gradients(output, list(sources), grad_ys=cotangent)
+    reached = [n for n, b in enumerate(back) if b is not None]
+    if not reached:
+        return None
+    ends = [tf.convert_to_tensor(back[n]) for n in reached]
+
+    def ahead(tangents: Sequence[tf.Tensor]) -> tf.Tensor:
+        moves = [tangents[n] for n in reached]
+        return tf.gradients(ends, cotangent, moves, unconnected_gradients="zero")[0]
+
+    return ahead
 
 
 def _each(sweep: Sweep, width: int, count: int, chunk: int) -> list[tf.Tensor | None]:

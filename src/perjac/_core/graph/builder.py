@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from perjac._core.backend import host
-from perjac._core.graph.importing import import_graph
+from perjac._core.graph.importing import import_graph, node_of
 from perjac._core.graph.inline import canonical
 
 Replacement = Callable[["Builder", Any], Sequence[tf.Tensor]]
@@ -82,13 +82,13 @@ class Builder:
 
     def _ancestors(self, references: Iterable[str]) -> set[str]:
         found: set[str] = set()
-        stack = [_node(reference) for reference in references]
+        stack = [node_of(reference) for reference in references]
         while stack:
             name = stack.pop()
             if name in found or name in self._given or name not in self._nodes:
                 continue
             found.add(name)
-            stack.extend(_node(r) for r in self._nodes[name].input if not r.startswith("^"))
+            stack.extend(node_of(r) for r in self._nodes[name].input if not r.startswith("^"))
         return found
 
     def _build(self, names: set[str]) -> None:
@@ -119,7 +119,7 @@ class Builder:
                 before = [
                     m
                     for r in self._nodes[name].input
-                    if (m := _node(r)) in names and m not in done and not r.startswith("^")
+                    if (m := node_of(r)) in names and m not in done and not r.startswith("^")
                 ]
                 if before:
                     if name in opened:
@@ -143,7 +143,7 @@ class Builder:
             copy.input[:] = [r for r in node.input if not r.startswith("^") or r[1:] in there]
             used.update(canonical(r) for r in copy.input if not r.startswith("^"))
         graph = tf.compat.v1.get_default_graph()
-        feed = {r: host.capture(graph, self.made[r]) for r in used if _node(r) not in there}
+        feed = {r: host.capture(graph, self.made[r]) for r in used if node_of(r) not in there}
         names = [node.name for node in nodes]
         for name, op in import_graph(graph_def, feed, names, "").items():
             self._given.add(name)
@@ -159,7 +159,3 @@ def alone(node: Any, inputs: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
     copy.input[:] = [f"operand_{n}" for n in range(len(inputs))]
     feed = {f"operand_{n}:0": tensor for n, tensor in enumerate(inputs)}
     return import_graph(graph_def, feed, [node.name], "")[node.name].outputs
-
-
-def _node(reference: str) -> str:
-    return reference.removeprefix("^").partition(":")[0]

@@ -15,6 +15,11 @@ import tensorflow as tf
 _PLACE = "_class"
 
 
+def node_of(reference: str) -> str:
+    """Return the name of the node that a reference leads to: of "a:0", "a:y:1" and "^a" it is a."""
+    return reference.removeprefix("^").partition(":")[0]
+
+
 def import_graph(
     graph_def: Any, feed: Mapping[str, tf.Tensor], wanted: Sequence[str], name: str
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from perjac._core.graph.importing import node_of
 from perjac._core.graph.inline import Body, canonical
 
 # Comparisons that end a loop, and the same seen from the other side.
@@ -23,7 +24,7 @@ _MIRRORED = {
 
 def through_identities(nodes: Mapping[str, Any], reference: str) -> str:
     """Return what a tensor is a copy of."""
-    while (node := nodes.get(_node(reference))) is not None and node.op == "Identity":
+    while (node := nodes.get(node_of(reference))) is not None and node.op == "Identity":
         reference = canonical(node.input[0])
     return reference
 
@@ -42,7 +43,7 @@ def most_steps(body: Body, condition: Body, outer: Sequence[tf.Tensor]) -> int |
     bounds = []
     conditions = list(condition.results)  # all of which must hold to go on
     while conditions:
-        node = nodes.get(_node(conditions.pop()))
+        node = nodes.get(node_of(conditions.pop()))
         if node is None:
             continue
         operands = [canonical(r) for r in node.input if not r.startswith("^")]
@@ -84,7 +85,7 @@ def _bound(
 def _stride(body: Body, n: int, outer: Sequence[tf.Tensor]) -> int | None:
     """Return what each step adds to loop variable n, or None where that is no number."""
     nodes = {node.name: node for node in body.nodes}
-    node = nodes.get(_node(through_identities(nodes, body.results[n])))
+    node = nodes.get(node_of(through_identities(nodes, body.results[n])))
     if node is None or node.op not in ("Add", "AddV2", "Sub"):
         return None
     left, right = (through_identities(nodes, canonical(r)) for r in node.input[:2])
@@ -108,7 +109,7 @@ def _staying(function: Body, body: Body, reference: str, outer: Sequence[tf.Tens
 
 
 def _constant(nodes: Mapping[str, Any], reference: str) -> int | None:
-    node = nodes.get(_node(reference))
+    node = nodes.get(node_of(reference))
     if node is None or node.op != "Const":
         return None
     value = tf.make_ndarray(node.attr["value"].tensor)
@@ -124,7 +125,3 @@ def _number(tensor: tf.Tensor) -> int | None:
         return int(value)
     # Shape inference works out what the shapes of the data say, constant folding does not.
     return tf.zeros(tf.reshape(tensor, [1])).shape[0]
-
-
-def _node(reference: str) -> str:
-    return reference.partition(":")[0]

@@ -25,6 +25,7 @@ import tensorflow as tf
 from perjac._core.backend import host
 from perjac._core.backend.shapes import known
 from perjac._core.graph.builder import Builder, alone
+from perjac._core.graph.importing import node_of
 from perjac._core.graph.inline import Body, canonical
 from perjac._core.graph.trip_count import most_steps, through_identities
 
@@ -176,7 +177,7 @@ class Loop:
             laid_out.get(r, zero) if n in meeting.data else self._outside[r]
             for n, r in enumerate(meeting.inputs)
         ]
-        (result,) = alone(self._nodes[_node(meeting.result)], operands)
+        (result,) = alone(self._nodes[node_of(meeting.result)], operands)
         return result.op.name, zero.name
 
     def _needed(self, meeting: _Meeting) -> list[str]:
@@ -211,7 +212,7 @@ class Loop:
         if len(users) != 1 or reference in self._results():
             return reference
         (result,) = users
-        if self._nodes[_node(result)].op not in _SUMS or not self._are_alike(reference, result):
+        if self._nodes[node_of(result)].op not in _SUMS or not self._are_alike(reference, result):
             return reference
         return self._summed_up(result)
 
@@ -354,15 +355,11 @@ class Loop:
 
 
 def _summed(reference: str) -> str:
-    return f"{_node(reference)}/plus_zero:0"
-
-
-def _node(reference: str) -> str:
-    return reference.partition(":")[0]
+    return f"{node_of(reference)}/plus_zero:0"
 
 
 def _zero(reference: str) -> str:
-    return f"{_node(reference)}/zero:0"
+    return f"{node_of(reference)}/zero:0"
 
 
 def _list_of(steps: tf.Tensor) -> tf.Tensor:
